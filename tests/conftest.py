@@ -29,6 +29,12 @@ for _name, _value in {
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "LOLCATS_ROOT", "LOLCATS_PARENT_RUN_ID", "LOLCATS_FLOW_PID"):
     os.environ.pop(_name, None)
 
+import torch  # noqa: E402  (it reads the number of threads when it is loaded)
+
+if not torch.cuda.is_available():
+    # The fused kernels then run in Triton's interpreter; it must be asked for before any test imports them.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -37,8 +43,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return
-    import torch
-
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]

@@ -1,7 +1,7 @@
 """The hybrid attention operator: a softmax window plus learnable linear attention over everything older."""
 
 from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map, feature_count
-from lolcats_kernels.hybrid_attention.interface import attention_transfer_loss, hybrid_attention
+from lolcats_kernels.hybrid_attention.interface import attention_transfer_loss, hybrid_attention, hybrid_decode_
 from lolcats_kernels.hybrid_attention.naive import hybrid_attention_naive, hybrid_weights, window_mask, window_scores
 from lolcats_kernels.hybrid_attention.state import HybridState, empty_state
 
@@ -13,6 +13,7 @@ __all__ = [
     "feature_count",
     "hybrid_attention",
     "hybrid_attention_naive",
+    "hybrid_decode_",
     "hybrid_weights",
     "window_mask",
     "window_scores",

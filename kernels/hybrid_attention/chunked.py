@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_mask, window_scores
-from lolcats_kernels.hybrid_attention.state import HybridState, folded_tokens, ring_slots
+from lolcats_kernels.hybrid_attention.spec import Maps, Spec
+from lolcats_kernels.hybrid_attention.state import folded_tokens
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:
@@ -41,22 +42,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def chunked_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    window_factor: Tensor,
-    *,
-    linear_factor: Tensor | None,
-    window: str,
-    window_size: int,
-    feature_map: str,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    state: tuple[Tensor, Tensor] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Outputs of sequences that start on a chunk boundary, and the features of their keys.
 
@@ -69,20 +55,20 @@ def chunked_forward(
     Returns:
         y [B, T, H, D] and phi(k) [B, Hk, H/Hk or 1, N, C, E].
     """
-    length, heads, key_heads, size = q.shape[1], q.shape[2], k.shape[2], window_size
-    one_map_per_query_head = w_k.shape[0] == heads
+    length, heads, key_heads, size, window = q.shape[1], q.shape[2], k.shape[2], spec.window_size, spec.window
+    one_map_per_query_head = maps.w_k.shape[0] == heads
     qc, kc, vc = _chunks(q, size), _chunks(k, size), _chunks(v, size)
     repeated = kc.repeat_interleave(heads // key_heads, 1) if one_map_per_query_head else kc
-    phi_q = _grouped(apply_feature_map(qc.flatten(2, 3), w_q, feature_map, b_q).unflatten(2, (-1, size)), key_heads)
-    phi_k = _grouped(
-        apply_feature_map(repeated.flatten(2, 3), w_k, feature_map, b_k).unflatten(2, (-1, size)), key_heads
-    )
+
+    def features(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        phi = apply_feature_map(x.flatten(2, 3), w, spec.feature_map, bias)
+        return _grouped(phi.unflatten(2, (-1, size)), key_heads)
+
+    phi_q, phi_k = features(qc, maps.w_q, maps.b_q), features(repeated, maps.w_k, maps.b_k)
     qc = _grouped(qc, key_heads)
     kc, vc = kc[:, :, None], F.pad(vc, (0, 1), value=1.0)[:, :, None]
 
-    alpha = torch.ones_like(window_factor) if linear_factor is None else linear_factor
-    gamma = window_factor.to(q.dtype).view(key_heads, -1, 1, 1, 1)
-    alpha = alpha.to(q.dtype).view(key_heads, -1, 1, 1, 1)
+    gamma, alpha = (x.to(q.dtype).view(key_heads, -1, 1, 1, 1) for x in (maps.gamma, maps.linear_factor()))
 
     # State before each chunk: S_n sums chunks 0 … n-2, or 0 … n-1 without a window.
     lag = 1 if window == "none" else 2
@@ -104,7 +90,7 @@ def chunked_forward(
         inside = window_mask(window, queries, keys, size)
         absent = torch.zeros(kc.shape[-3], 1, 1, dtype=torch.bool, device=q.device)
         absent[0] = True
-        scores = window_scores(qc @ torch.cat([_previous(kc), kc], -2).mT, scale, softcap)
+        scores = window_scores(qc @ torch.cat([_previous(kc), kc], -2).mT, spec.scale, spec.softcap)
         scores = scores.masked_fill(~inside | (absent & (keys < size)), float("-inf"))
         weights = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         if window == "sliding":
@@ -117,40 +103,20 @@ def chunked_forward(
 
 
 def fold_state(
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor,
-    length: Tensor,
-    *,
-    window: str,
-    window_size: int,
-    first: Tensor,
-    older: tuple[Tensor, Tensor],
-    ring_dtype: torch.dtype,
-) -> HybridState:
-    """The state after right-padded sequences.
+    v: Tensor, phi_k: Tensor, spec: Spec, length: Tensor, older: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """S [B, Hs, E, D] and z [B, Hs, E] of what the last token of each right-padded sequence sees linearly.
 
     Args:
-        k, v: [B, T, Hk, D], position `first` + i in column i; `phi_k` of `chunked_forward`.
-        length: [B], position after the last real token of each sequence. `first`: [B].
-        older: S and z of the tokens before `first`.
+        v: [B, T, Hk, D]; `phi_k` of `chunked_forward`.
+        length: [B], real tokens of each row.
+        older: S and z of the tokens before the first column.
     """
-    positions = first[:, None] + torch.arange(k.shape[1], device=k.device)[None, :]
-    fold = (positions < folded_tokens(length, window, window_size)[:, None]) & (positions < length[:, None])
-    features = phi_k.flatten(1, 2).flatten(2, 3)[:, :, : k.shape[1]] * fold[:, None, :, None].to(phi_k.dtype)
-    values = v.transpose(1, 2).repeat_interleave(features.shape[1] // v.shape[2], 1)
-    slots = ring_slots(window, window_size)
-    batch = torch.arange(k.shape[0], device=k.device)[:, None]
-    if slots:
-        keep = ~fold & (positions < length[:, None])
-        # Tokens that do not go into the ring are written to a spare slot that is then dropped.
-        target = torch.where(keep, positions % slots, slots)
-        ring_k, ring_v = (x.new_zeros(x.shape[0], slots + 1, *x.shape[2:], dtype=ring_dtype) for x in (k, v))
-        ring_k[batch, target] = k.to(ring_dtype)
-        ring_v[batch, target] = v.to(ring_dtype)
-        ring_k, ring_v = ring_k[:, :slots].contiguous(), ring_v[:, :slots].contiguous()
-    else:
-        ring_k, ring_v = (x.new_zeros(x.shape[0], 0, *x.shape[2:], dtype=ring_dtype) for x in (k, v))
-    return HybridState(
-        s=older[0] + features.mT @ values, z=older[1] + features.sum(-2), ring_k=ring_k, ring_v=ring_v, length=length
+    fold = (
+        torch.arange(v.shape[1], device=v.device)[None, :]
+        < folded_tokens(length, spec.window, spec.window_size)[:, None]
     )
+    features = phi_k.flatten(1, 2).flatten(2, 3)[:, :, : v.shape[1]] * fold[:, None, :, None].to(phi_k.dtype)
+    values = v.transpose(1, 2).repeat_interleave(features.shape[1] // v.shape[2], 1)
+    s, z = features.mT @ values, features.sum(-2)
+    return (s, z) if older is None else (older[0] + s, older[1] + z)

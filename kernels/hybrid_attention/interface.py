@@ -8,18 +8,22 @@ into that layout and back; a continued sequence is put behind the ring of its st
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.chunked import chunked_forward, fold_state
-from lolcats_kernels.hybrid_attention.feature_map import FEATURE_MAPS, feature_count
+from lolcats_kernels.hybrid_attention.feature_map import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.naive import hybrid_attention_naive
 from lolcats_kernels.hybrid_attention.recurrent import decode_step
-from lolcats_kernels.hybrid_attention.state import HybridState, empty_state, folded_tokens, ring_slots
+from lolcats_kernels.hybrid_attention.spec import Maps, Spec
+from lolcats_kernels.hybrid_attention.state import HybridState, fill_ring, folded_tokens, ring_slots
 
-BACKENDS = ("auto", "chunked", "naive")
+logger = logging.getLogger(__name__)
+BACKENDS = ("auto", "triton", "chunked", "naive")
 
 
 def hybrid_attention(
@@ -54,7 +58,8 @@ def hybrid_attention(
         cu_seqlens: [n + 1] boundaries of n sequences packed into one row (B = 1).
         lengths: [B] real tokens of each row, which must stand at its start; outputs after them are undefined.
         initial_state: continue the sequences of this state; its positions may differ.
-        backend: ``auto``, ``chunked`` (linear time) or ``naive`` (quadratic; no packing, padding or state).
+        backend: ``auto`` (Triton on CUDA, chunked elsewhere), ``triton``, ``chunked`` (linear time, any device) or
+            ``naive`` (quadratic; no packing, padding or state).
 
     Returns:
         y [B, T, H, D] in the dtype of `q`; with `return_state` also the state (of n sequences when packed).
@@ -63,74 +68,88 @@ def hybrid_attention(
         ValueError: shapes do not fit or an option is unknown.
     """
     _check(q, k, v, w_q, w_k, window_factor, window, window_size, feature_map, cu_seqlens, lengths, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options: dict[str, Any] = {
-        "linear_factor": linear_factor,
-        "window": window,
-        "window_size": window_size,
-        "feature_map": feature_map,
-        "b_q": b_q,
-        "b_k": b_k,
-        "scale": scale,
-        "softcap": softcap,
-    }
-    dtype, accumulate = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k)
+    spec = Spec(window, window_size, feature_map, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     if backend == "naive":
         if return_state or initial_state is not None or cu_seqlens is not None or lengths is not None:
             raise ValueError("`backend` naive takes whole sequences only: no state, cu_seqlens or lengths")
-        wide = (x.to(accumulate) for x in (q, k, v, w_q, w_k, window_factor))
-        return hybrid_attention_naive(*wide, **options).to(dtype)
-
+        return _naive(q, k, v, maps, spec)
     if initial_state is not None and q.shape[1] == 1 and cu_seqlens is None and lengths is None:
-        y, state = decode_step(q, k, v, w_q, w_k, window_factor, initial_state, **options)
-        return (y.to(dtype), state) if return_state else y.to(dtype)
+        y, state = decode_step(q, k, v, maps, spec, initial_state)
+        return (y.to(q.dtype), state) if return_state else y.to(q.dtype)
 
-    ring_dtype = k.dtype
-    q, k, v = (x.to(accumulate) for x in (q, k, v))
+    fused = _fused(q, v, maps, spec, backend, state=initial_state, return_state=return_state)
     packed = None
     if cu_seqlens is not None:
+        if fused and initial_state is None and not return_state:
+            return _fused_ops().forward(q, k, v, maps, spec, cu_seqlens=cu_seqlens)[0]
         packed, lengths = _packed_index(cu_seqlens)
         q, k, v = (x[0][packed] for x in (q, k, v))
     batch, columns = q.shape[:2]
-    if lengths is None:
-        lengths = torch.full((batch,), columns, dtype=torch.int64, device=q.device)
-    lengths = lengths.to(torch.int64)
+    if initial_state is None and not return_state:
+        y, _ = _run(fused, q, k, v, maps, spec, lengths, None, end=False)
+        return y if packed is None or lengths is None else _unpack(y, packed, lengths)
 
-    if initial_state is None:
-        y, phi_k = chunked_forward(q, k, v, w_q, w_k, window_factor, **options)
-        if not return_state:
-            return (y if packed is None else _unpack(y, packed, lengths)).to(dtype)
-        features = feature_count(feature_map, w_q.shape[-1])
-        state = empty_state(
-            batch,
-            w_k.shape[0],
-            features,
-            k.shape[2],
-            k.shape[3],
-            v.shape[3],
-            window=window,
-            window_size=window_size,
-            dtype=accumulate,
-            device=q.device,
-        )
-        first, end = torch.zeros_like(lengths), lengths
-    else:
-        state = initial_state
-        # Positions from the oldest token of the ring on; S and z hold everything before it.
-        first = folded_tokens(state.length, window, window_size)
-        held = state.length - first
-        k, v, q = _behind_ring(state, q, k, v, first, held, ring_slots(window, window_size))
-        y, phi_k = chunked_forward(q, k, v, w_q, w_k, window_factor, state=(state.s, state.z), **options)
+    counts = torch.full((batch,), columns, device=q.device) if lengths is None else lengths
+    counts = counts.to(torch.int64)
+    # Columns are positions from `first` on, the oldest token of the ring; S and z hold everything before it.
+    first, held, older, within = torch.zeros_like(counts), None, None, lengths
+    if initial_state is not None:
+        first = folded_tokens(initial_state.length, window, window_size)
+        held = initial_state.length - first
+        k, v, q = _behind_ring(initial_state, q, k, v, first, held, ring_slots(window, window_size))
+        older, within = (initial_state.s, initial_state.z), held + counts
+    y, end = _run(fused, q, k, v, maps, spec, within, older, end=return_state)
+    if held is not None:
         rows = held[:, None] + torch.arange(columns, device=q.device)
         y = y.gather(1, rows[..., None, None].expand(-1, -1, *y.shape[2:]))
-        end = state.length + lengths
     if packed is not None:
-        y = _unpack(y, packed, lengths)
-    if not return_state:
-        return y.to(dtype)
-    older = (state.s, state.z)
-    where = {"window": window, "window_size": window_size, "first": first, "older": older, "ring_dtype": ring_dtype}
-    return y.to(dtype), fold_state(k, v, phi_k, end, **where)
+        y = _unpack(y, packed, counts)
+    if end is None:
+        return y
+    length = first + (counts if held is None else held + counts)
+    ring_k, ring_v = (fill_ring(x, first, length, window, window_size, x.dtype) for x in (k, v))
+    return y, HybridState(s=end[0], z=end[1], ring_k=ring_k, ring_v=ring_v, length=length)
+
+
+def hybrid_decode_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    window_factor: Tensor,
+    state: HybridState,
+    *,
+    linear_factor: Tensor | None = None,
+    window: str = "terraced",
+    window_size: int = 64,
+    feature_map: str = "hedgehog",
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One new token of each sequence; `state` becomes the state after it, on a GPU in its own memory.
+
+    The fused kernel has no host branch and no allocation but the output's: it can be captured in a CUDA graph.
+
+    Args:
+        q: [B, 1, H, D]; `k`, `v`: [B, 1, Hk, D]; the rest as in `hybrid_attention`. No gradients.
+
+    Returns:
+        y [B, 1, H, D] in the dtype of `q`.
+    """
+    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k)
+    spec = Spec(window, window_size, feature_map, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    with torch.no_grad():
+        if _fused(q, v, maps, spec, backend):
+            return _fused_ops().decode(q, k, v, maps, spec, state)
+        y, after = decode_step(q, k, v, maps, spec, state)
+    for name, value in vars(after).items():
+        setattr(state, name, value)
+    return y.to(q.dtype)
 
 
 def attention_transfer_loss(
@@ -145,6 +164,12 @@ def attention_transfer_loss(
     Returns:
         Scalar in float32 (float64 for float64 inputs), differentiable in the maps and factors.
     """
+    errors = _fused_errors(q, k, v, y_true, w_q, w_k, window_factor, options)
+    count: Tensor | int = y_true.numel()
+    if options.get("lengths") is not None:
+        count = options["lengths"].sum() * y_true[0, 0].numel()
+    if errors is not None:
+        return errors / count
     y = cast(Tensor, hybrid_attention(q, k, v, w_q, w_k, window_factor, **options))
     wide = torch.promote_types(y.dtype, torch.float32)
     squared = (y.to(wide) - y_true.to(wide)).square()
@@ -153,6 +178,115 @@ def attention_transfer_loss(
         return squared.mean()
     real = torch.arange(y.shape[1], device=y.device)[None, :] < lengths[:, None]
     return squared[real].mean()
+
+
+def _fused_errors(
+    q: Tensor, k: Tensor, v: Tensor, y_true: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor, options: dict[str, Any]
+) -> Tensor | None:
+    """Sum of squared errors by the fused transfer kernels; None where they do not apply."""
+    given: dict[str, Any] = {
+        "window": "terraced",
+        "window_size": 64,
+        "feature_map": "hedgehog",
+        "backend": "auto",
+    } | options
+    scale = given.get("scale")
+    spec = Spec(
+        given["window"],
+        given["window_size"],
+        given["feature_map"],
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        given.get("softcap"),
+    )
+    maps = Maps(w_q, w_k, gamma, given.get("linear_factor"), given.get("b_q"), given.get("b_k"))
+    frozen = not any(x.requires_grad for x in (q, k, v, y_true))
+    if spec.window != "terraced" or not frozen or not _fused(q, v, maps, spec, given["backend"]):
+        return None
+    where = {"cu_seqlens": given.get("cu_seqlens"), "lengths": given.get("lengths")}
+    return cast(Tensor, _fused_ops().transfer_errors(q, k, v, y_true, maps, spec, **where))
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec) -> Tensor:
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    wide = (x.to(accumulate) for x in (q, k, v, maps.w_q, maps.w_k, maps.gamma))
+    options = {"linear_factor": maps.alpha, "b_q": maps.b_q, "b_k": maps.b_k, **vars(spec)}
+    return hybrid_attention_naive(*wide, **options).to(q.dtype)
+
+
+def _run(
+    fused: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: Maps,
+    spec: Spec,
+    lengths: Tensor | None,
+    older: tuple[Tensor, Tensor] | None,
+    *,
+    end: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Outputs of right-padded sequences and, with `end`, S and z behind their last tokens."""
+    if fused:
+        return cast(Any, _fused_ops().forward(q, k, v, maps, spec, lengths=lengths, state=older, end=end))
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    dtype = q.dtype
+    q, k, v = (x.to(accumulate) for x in (q, k, v))
+    y, phi_k = chunked_forward(q, k, v, maps, spec, state=older)
+    if not end:
+        return y.to(dtype), None
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), q.shape[1], device=q.device)
+    return y.to(dtype), fold_state(v, phi_k, spec, lengths.to(torch.int64), older)
+
+
+def _fused_ops() -> Any:
+    """The module of the Triton operators, imported only where they run: triton is not everywhere."""
+    from lolcats_kernels.hybrid_attention.fused import ops
+
+    return ops
+
+
+@lru_cache(maxsize=256)
+def _announce(level: int, message: str) -> None:
+    """One log line for each thing to say."""
+    logger.log(level, message)
+
+
+def _fused(
+    q: Tensor,
+    v: Tensor,
+    maps: Maps,
+    spec: Spec,
+    backend: str,
+    *,
+    state: HybridState | None = None,
+    return_state: bool = False,
+) -> bool:
+    """Whether the fused kernels take this call.
+
+    Raises:
+        ValueError: they were asked for and cannot.
+    """
+    if backend == "chunked" or (backend == "auto" and not q.is_cuda):
+        _announce(logging.INFO, f"hybrid attention on {q.device.type}: chunked PyTorch form ({backend})")
+        return False
+    reason = None
+    try:
+        reason = _fused_ops().launch.unsupported(q, v, maps, spec)
+    except ImportError as error:
+        reason = f"triton must be installed, got {error}"
+    tensors = (q, v, *maps.tensors())
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    through_state = state is not None and (state.s.requires_grad or state.z.requires_grad)
+    if reason is None and wanted and (return_state or through_state):
+        reason = "gradients do not pass through a state; use torch.no_grad() for a state alone"
+    if reason is None:
+        _announce(logging.INFO, f"hybrid attention on {q.device.type}: fused Triton kernels")
+        return True
+    if backend == "triton":
+        raise ValueError(f"`backend` triton cannot take this call: {reason}")
+    _announce(logging.WARNING, f"hybrid attention on {q.device.type}: chunked PyTorch form, since {reason}")
+    return False
 
 
 def _packed_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,26 +11,12 @@ from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_scores
+from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState
 
 
 def decode_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    window_factor: Tensor,
-    state: HybridState,
-    *,
-    linear_factor: Tensor | None,
-    window: str,
-    window_size: int,
-    feature_map: str,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: HybridState
 ) -> tuple[Tensor, HybridState]:
     """Output of one new token of each sequence, which may stand at different positions.
 
@@ -43,55 +29,53 @@ def decode_step(
     batch, _, heads, _ = q.shape
     key_heads, accumulate, position = k.shape[2], state.s.dtype, state.length
     q, k_new, v_new = q[:, 0].to(accumulate), k[:, 0], v[:, 0]
+    everyone = torch.arange(batch, device=q.device)
 
-    def features(x: Tensor) -> Tensor:
-        """phi of keys [b, n, Hk, D] → [b, Hs, n, E]."""
-        x = x.to(accumulate).transpose(1, 2)
-        if w_k.shape[0] == heads:
-            x = x.repeat_interleave(heads // key_heads, 1)
-        return apply_feature_map(x, w_k, feature_map, b_k)
-
-    def fold(rows: Tensor, k_out: Tensor, v_out: Tensor) -> tuple[Tensor, Tensor]:
+    def folded(rows: Tensor, k_out: Tensor, v_out: Tensor) -> tuple[Tensor, Tensor]:
         """S and z with tokens [b, n, Hk, D] of sequences `rows` added."""
-        phi = features(k_out)
-        values = v_out.to(accumulate).transpose(1, 2).repeat_interleave(phi.shape[1] // key_heads, 1)
+        k_out, values = (x.to(accumulate).transpose(1, 2) for x in (k_out, v_out))
+        if maps.w_k.shape[0] == heads:
+            k_out = k_out.repeat_interleave(heads // key_heads, 1)
+        phi = apply_feature_map(k_out, maps.w_k, spec.feature_map, maps.b_k)
+        values = values.repeat_interleave(phi.shape[1] // key_heads, 1)
         return state.s.index_add(0, rows, phi.mT @ values), state.z.index_add(0, rows, phi.sum(-2))
 
     s, z, ring_k, ring_v = state.s, state.z, state.ring_k, state.ring_v
-    everyone = torch.arange(batch, device=q.device)
-    if window == "none":
-        s, z = fold(everyone, k, v)
-        inside = None
+    inside = None
+    if spec.window == "none":
+        s, z = folded(everyone, k, v)
     else:
-        slots = ring_k.shape[1]
+        slots, size = ring_k.shape[1], spec.window_size
         # Terraced folds a whole chunk when its slots are needed again; sliding folds the evicted token.
-        due = (position >= slots) & (position % window_size == 0) if window == "terraced" else position >= slots
+        due = position >= slots
+        if spec.window == "terraced":
+            due &= position % size == 0
         rows = due.nonzero()[:, 0]
         if len(rows):
-            span = window_size if window == "terraced" else 1
+            span = size if spec.window == "terraced" else 1
             leaving = (position[rows] % slots)[:, None] + torch.arange(span, device=q.device)
-            s, z = fold(rows, ring_k[rows[:, None], leaving], ring_v[rows[:, None], leaving])
+            s, z = folded(rows, ring_k[rows[:, None], leaving], ring_v[rows[:, None], leaving])
         slot = position % slots
         ring_k = ring_k.index_put((everyone, slot), k_new.to(ring_k.dtype))
         ring_v = ring_v.index_put((everyone, slot), v_new.to(ring_v.dtype))
-        inside = _slots_in_window(position, slots, window, window_size)
+        inside = _slots_in_window(position, slots, spec.window, spec.window_size)
 
-    phi_q = apply_feature_map(q[:, :, None], w_q, feature_map, b_q)[:, :, 0]
+    phi_q = apply_feature_map(q[:, :, None], maps.w_q, spec.feature_map, maps.b_q)[:, :, 0]
     grouped = phi_q.unflatten(1, (s.shape[1], -1))
-    alpha = torch.ones_like(window_factor) if linear_factor is None else linear_factor
-    alpha = alpha.to(accumulate)[:, None]
+    gamma, alpha = (x.to(accumulate)[:, None] for x in (maps.gamma, maps.linear_factor()))
     total = alpha * F.pad((grouped @ s).flatten(1, 2), (0, 1))
     total[..., -1:] = alpha * (grouped @ z[..., None]).flatten(1, 2)
     if inside is None:
         y = total[..., :-1] / (total[..., -1:] + NO_WINDOW_EPSILON)
     else:
         keys, values = (ring.to(accumulate).transpose(1, 2) for ring in (ring_k, ring_v))
-        scores = window_scores((q.unflatten(1, (key_heads, -1)) @ keys.mT).flatten(1, 2), scale, softcap)
+        scores = window_scores((q.unflatten(1, (key_heads, -1)) @ keys.mT).flatten(1, 2), spec.scale, spec.softcap)
         scores = scores.masked_fill(~inside[:, None], float("-inf"))
-        weights = window_factor.to(accumulate)[:, None] * (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         values = F.pad(values, (0, 1), value=1.0)
         total = total + (weights.unflatten(1, (key_heads, -1)) @ values).flatten(1, 2)
         y = total[..., :-1] / total[..., -1:]
+
     return y[:, None], HybridState(s=s, z=z, ring_k=ring_k, ring_v=ring_v, length=position + 1)
 
 

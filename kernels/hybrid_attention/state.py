@@ -40,15 +40,30 @@ def ring_slots(window: str, window_size: int) -> int:
 
 
 def folded_tokens(length: Tensor, window: str, window_size: int) -> Tensor:
-    """How many of a sequence's first `length` tokens are in S and z; the rest are in the ring.
-
-    Terraced: all chunks before the last two that are begun. Sliding: all but the newest C. None: all.
-    """
+    """How many of a sequence's first `length` tokens are in S and z: those outside the window of the last of them."""
     if window == "terraced":
         return window_size * ((length - 1).div(window_size, rounding_mode="floor") - 1).clamp(min=0)
     if window == "sliding":
         return (length - window_size).clamp(min=0)
     return length
+
+
+def fill_ring(x: Tensor, first: Tensor, length: Tensor, window: str, window_size: int, dtype: torch.dtype) -> Tensor:
+    """Ring [B, R, Hk, D] of sequences of `length` tokens; zeros in slots that hold none.
+
+    Args:
+        x: [B, T, Hk, D], the token at position `first` + i in column i; `first`, `length`: [B].
+    """
+    slots = ring_slots(window, window_size)
+    if not slots:
+        return x.new_zeros(x.shape[0], 0, *x.shape[2:], dtype=dtype)
+    slot = torch.arange(slots, device=x.device)[None, :]
+    # The newest position of each slot.
+    position = length[:, None] - 1 - (length[:, None] - 1 - slot) % slots
+    held = position >= folded_tokens(length, window, window_size)[:, None]
+    column = (position - first[:, None]).clamp(0, x.shape[1] - 1)
+    ring = x[torch.arange(x.shape[0], device=x.device)[:, None], column].to(dtype)
+    return ring.masked_fill(~held[..., None, None], 0)
 
 
 def empty_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -76,25 +77,44 @@ def test_chunked_equals_quadratic_at_odd_lengths(window: str, tokens: int) -> No
     close(hybrid_attention(*tensors, **options), hybrid_attention_naive(*tensors, **options))
 
 
+def every_combination() -> list[Any]:
+    """All of window, map, GQA ratio and kind of key map; lengths spread over 1 … 520, none a multiple of its window."""
+    combinations = list(itertools.product(WINDOWS, MAPS, (1, 2, 4, 8), (False, True)))
+    lengths = [1 + 519 * i // (len(combinations) - 1) for i in range(len(combinations))]
+    random.Random(0).shuffle(lengths)
+    cases = []
+    for i, (combination, tokens) in enumerate(zip(combinations, lengths, strict=True)):
+        size = (4, 8, 16, 32, 64, 128)[i % 6]
+        cases.append((*combination, size, tokens if tokens % size else tokens - 1))
+    return cases
+
+
 @pytest.mark.parametrize(
-    ("window", "feature_map", "ratio", "per_key_head"),
-    [*itertools.product(WINDOWS, MAPS, (1, 2, 4, 8), (False, True))],
+    ("window", "feature_map", "ratio", "per_key_head", "window_size", "tokens"), every_combination()
 )
-def test_three_forms_agree(window: str, feature_map: str, ratio: int, per_key_head: bool) -> None:
+def test_three_forms_agree(
+    window: str, feature_map: str, ratio: int, per_key_head: bool, window_size: int, tokens: int
+) -> None:
     heads, key_heads = 8, 8 // ratio
     tensors, options = make(
-        37, batch=1, heads=heads, key_heads=key_heads, map_heads=key_heads if per_key_head else heads, bias=True
+        tokens,
+        batch=1,
+        heads=heads,
+        key_heads=key_heads,
+        map_heads=key_heads if per_key_head else heads,
+        bias=tokens % 2 == 0,
+        affine=tokens % 3 == 0,
     )
-    options |= {"window": window, "window_size": 4, "feature_map": feature_map}
+    options |= {"window": window, "window_size": window_size, "feature_map": feature_map}
     expected = hybrid_attention(*tensors, **options, backend="naive")
     close(hybrid_attention(*tensors, **options, backend="chunked"), expected)
-    y, state = hybrid_attention(*rows(tensors, 0, 11), **options, return_state=True)
+    y, state = hybrid_attention(*rows(tensors, 0, 1), **options, return_state=True)
     parts = [y]
-    for t in range(11, 37):
+    for t in range(1, tokens):
         y, state = hybrid_attention(*rows(tensors, t, t + 1), **options, initial_state=state, return_state=True)
         parts.append(y)
     close(torch.cat(parts, 1), expected)
-    assert state.length.tolist() == [37]
+    assert state.length.tolist() == [tokens]
 
 
 @pytest.mark.parametrize("window", WINDOWS)

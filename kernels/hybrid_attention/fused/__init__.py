@@ -1,0 +1,1 @@
+"""Triton kernels of the hybrid attention: chunk-parallel forward, full backward, attention transfer, decoding."""
