@@ -5,6 +5,7 @@ Importing this package registers the linearized model types with transformers' A
 
 from lolcats_core.cache import HybridCache
 from lolcats_core.config import LinearizeConfig
+from lolcats_core.delta import load_delta, save_delta
 from lolcats_core.finetune import low_rank_finetune
 from lolcats_core.modeling import linearize, load_feature_maps, save_feature_maps, supported_architectures
 from lolcats_core.transfer import attention_transfer
@@ -14,8 +15,10 @@ __all__ = [
     "LinearizeConfig",
     "attention_transfer",
     "linearize",
+    "load_delta",
     "load_feature_maps",
     "low_rank_finetune",
+    "save_delta",
     "save_feature_maps",
     "supported_architectures",
 ]

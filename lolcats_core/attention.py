@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from lolcats_core.cache import HybridCache, HybridLayer
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
-from lolcats_kernels.hybrid_attention import hybrid_attention, window_scores
+from lolcats_core.kv_groups import KVGroups
+from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_decode_, window_scores
 
 ATTENTION_NAME = "lolcats_hybrid"
-# Receives (layer index, maps, q, k, v, softmax output, scores, context); q, k, v, y are [B, T, heads, D].
+# Receives (layer index, maps, q, k, v, softmax output, scores, context); tensors [B, T, heads, D] of linearized heads.
 TransferObserver = Callable[[int, FeatureMaps, Tensor, Tensor, Tensor, Tensor, "Scores", "HybridContext"], None]
-# Queries per block where softmax attention has to be computed with its scores in memory.
-SOFTCAP_BLOCK = 512
+# Queries per block where softmax attention needs a mask in memory.
+SOFTMAX_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class HybridContext:
 
     Attributes:
         cache: state to continue and to leave behind, or None.
-        real: [B, S] bool, False at padding; None when nothing is padded.
+        real: [B, S] bool, False at padding; None when nothing is padded. `seen`: how many of S are from before.
         document: [B, T] int, number of each token's document in its row; None when every row is one document.
         observer: stage 1: every layer computes its softmax output, shows it here and passes it on (teacher forcing).
     """
@@ -51,9 +53,17 @@ class HybridContext:
     real: Tensor | None = None
     document: Tensor | None = None
     observer: TransferObserver | None = None
+    seen: int = 0
 
+    @cached_property
+    def new_real(self) -> Tensor | None:
+        """[B, T], `real` of the new tokens; None when none of them is padding."""
+        new = None if self.real is None else self.real[:, self.seen :]
+        return None if new is None or bool(new.all()) else new
+
+    @cached_property
     def cu_seqlens(self) -> Tensor | None:
-        """[n + 1] boundaries of the documents in the flattened batch, or None."""
+        """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers."""
         if self.document is None:
             return None
         rows, tokens = self.document.shape
@@ -62,52 +72,58 @@ class HybridContext:
         first = starts.flatten().nonzero()[:, 0]
         return torch.cat([first, first.new_tensor([rows * tokens])])
 
-    def softmax_mask(self, queries: int, keys: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-        """[B or 1, 1, T, S] bool, True where softmax attention looks; None for plain causal attention."""
-        windowed = sliding_window is not None and sliding_window < keys
-        plain = self.real is None and self.document is None and not windowed
-        if plain and (queries == keys or queries == 1):
-            return None
-        query = torch.arange(keys - queries, keys, device=device)[:, None]
-        key = torch.arange(keys, device=device)[None, :]
-        allowed = key <= query
-        if windowed and sliding_window is not None:
-            allowed = allowed & (key > query - sliding_window)
-        allowed = allowed[None]
+    def softmax_mask(self, queries: range, keys: range, held: int, window: int, device: torch.device) -> Tensor:
+        """[B or 1, 1, queries, keys] bool, True where softmax attention looks.
+
+        Both ranges are places among the newest `held` tokens; a query sees at most `window` of them, itself included.
+        """
+        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        key = torch.arange(keys.start, keys.stop, device=device)[None, :]
+        allowed = ((key <= query) & (key > query - window))[None]
         if self.document is not None:
-            allowed = allowed & (self.document[:, :, None] == self.document[:, None, :])
+            allowed = allowed & (self.document[:, query] == self.document[:, key])
         if self.real is not None:
             # A padding query sees itself, or its softmax would be over nothing.
-            allowed = (allowed & self.real[:, None, -keys:]) | (key == query)[None]
+            real = self.real[:, -held:][:, None, keys.start : keys.stop]
+            allowed = (allowed & real) | (key == query)[None]
         return allowed[:, None]
 
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, context: HybridContext, scores: Scores, sliding_window: int | None
 ) -> Tensor:
-    """The teacher's attention: q [B, H, T, D], k and v [B, Hk, S, D] → [B, T, H, D]."""
-    mask = context.softmax_mask(q.shape[2], k.shape[2], sliding_window, q.device)
-    if scores.softcap is not None:
-        return _softcapped_attention(q, k, v, mask, scores).transpose(1, 2)
-    causal = mask is None and q.shape[2] > 1
-    grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scores.scale, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    """The teacher's attention: q [B, H, T, D], k and v [B, Hk, S, D] → [B, T, H, D].
 
-
-def _softcapped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
-    """Softmax attention with bounded scores, which no fused kernel of torch computes; by blocks of queries."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    Memory is linear in S: what no fused kernel computes without a mask goes by blocks of queries.
+    """
     queries, keys = q.shape[2], k.shape[2]
-    if mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)[None, None]
+    window = keys if sliding_window is None else min(sliding_window, keys)
+    unmasked = context.real is None and context.document is None and window == keys
+    if unmasked and scores.softcap is None and queries in (1, keys):
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scores.scale, enable_gqa=grouped)
+        return y.transpose(1, 2)
     parts = []
-    for start in range(0, queries, SOFTCAP_BLOCK):
-        rows = slice(start, start + SOFTCAP_BLOCK)
-        raw = window_scores((q[:, :, rows] @ k.mT).float(), scores.scale, scores.softcap)
-        weights = raw.masked_fill(~mask[:, :, rows], float("-inf")).softmax(-1)
-        parts.append(weights.to(v.dtype) @ v)
-    return torch.cat(parts, 2)
+    for start in range(keys - queries, keys, SOFTMAX_BLOCK):
+        rows = range(start, min(start + SOFTMAX_BLOCK, keys))
+        seen = range(max(0, rows.start - window + 1), rows.stop)
+        mask = context.softmax_mask(rows, seen, keys, window, q.device)
+        q_rows = q[:, :, rows.start - keys + queries : rows.stop - keys + queries]
+        k_seen, v_seen = (x[:, :, seen.start : seen.stop] for x in (k, v))
+        parts.append(_masked_attention(q_rows, k_seen, v_seen, mask, scores))
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Softmax attention where `mask` is True; no fused kernel of torch bounds scores (Gemma 2)."""
+    if scores.softcap is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scores.scale, enable_gqa=grouped)
+    products = (q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT).flatten(1, 2)
+    weights = (
+        window_scores(products.float(), scores.scale, scores.softcap).masked_fill(~mask, float("-inf")).softmax(-1)
+    )
+    return (weights.to(v.dtype).unflatten(1, (k.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)
 
 
 def hybrid_attention_forward(
@@ -125,7 +141,7 @@ def hybrid_attention_forward(
     """Attention of one layer, as transformers' attention interface calls it.
 
     Args:
-        query: [B, H, T, D]; `key`, `value`: [B, Hk, T, D] (a layer that keeps softmax: [B, Hk, S, D]).
+        query: [B, H, T, D]; `key`, `value`: [B, Hk, T, D] (a layer that keeps softmax whole: [B, Hk, S, D]).
 
     Returns:
         [B, T, H, D] in the dtype of `query`, and None for the weights, which are never built.
@@ -135,13 +151,21 @@ def hybrid_attention_forward(
     maps = getattr(module, "feature_maps", None)
     if maps is None:
         return softmax_attention(query, key, value, context, scores, sliding_window), None
+    groups: KVGroups = maps.groups
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q_linear, k_linear, v_linear = (groups.take_linear(x) for x in (q, k, v))
     if context.observer is not None:
         y = softmax_attention(query, key, value, context, scores, sliding_window)
-        context.observer(module.layer_idx, maps, q, k, v, y, scores, context)
+        context.observer(module.layer_idx, maps, q_linear, k_linear, v_linear, groups.take_linear(y), scores, context)
         return y, None
     layer = None if context.cache is None else cast(HybridLayer, context.cache.layers[module.layer_idx])
-    return student_attention(maps, q, k, v, scores, context, layer), None
+    y = student_attention(maps, q_linear, k_linear, v_linear, scores, context, layer)
+    if groups.softmax:
+        query, key, value = (groups.take_softmax(x).transpose(1, 2) for x in (q, k, v))
+        if layer is not None and layer.softmax is not None:
+            key, value = layer.softmax.update(key, value)
+        y = groups.join(y, softmax_attention(query, key, value, context, scores, sliding_window))
+    return y, None
 
 
 def student_attention(
@@ -153,22 +177,31 @@ def student_attention(
     context: HybridContext,
     layer: HybridLayer | None = None,
 ) -> Tensor:
-    """Hybrid attention of one layer over padded, packed or continued rows; q [B, T, H, D], k and v [B, T, Hk, D]."""
+    """Hybrid attention of a layer's linearized heads over padded, packed or continued rows.
+
+    Args:
+        q: [B, T, H, D]; `k`, `v`: [B, T, Hk, D]; of the linearized kv groups alone.
+        layer: the cache of these heads, whose state is replaced.
+
+    Returns:
+        [B, T, H, D] in the dtype of `q`; zero at padding.
+    """
     operands, options = maps.operands()
     options |= {"scale": scores.scale, "softcap": scores.softcap}
-    edges = context.cu_seqlens()
+    edges = context.cu_seqlens
     if edges is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))
         return hybrid_attention(*packed, *operands, **options, cu_seqlens=edges).view(q.shape[0], -1, *q.shape[2:])
-    real = None if context.real is None else context.real[:, -q.shape[1] :]
-    order = None
-    if real is not None and not bool(real.all()):
+    real, order = context.new_real, None
+    if real is not None:
         # Real tokens to the front of their row, in their order; padding never enters a chunk or the state.
         order = (~real).to(torch.int8).argsort(dim=1, stable=True)
         q, k, v = (x.gather(1, order[:, :, None, None].expand_as(x)) for x in (q, k, v))
         options["lengths"] = real.sum(1)
     if layer is None:
         y = hybrid_attention(q, k, v, *operands, **options)
+    elif layer.state is not None and q.shape[1] == 1 and order is None and not torch.is_grad_enabled():
+        y = hybrid_decode_(q, k, v, *operands, layer.state, **options)
     else:
         y, layer.state = hybrid_attention(q, k, v, *operands, **options, initial_state=layer.state, return_state=True)
     if order is not None and real is not None:
@@ -210,9 +243,10 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     elif positions is not None and real is None and seen == 0 and positions.shape[-1] > 1:
         document = document_numbers(positions)
     if document is not None:
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds", args[:1])
-        document = document.expand(len(tokens), -1)
+        # Some families give the ids by position.
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        document = document.expand(len(next(x for x in given if x is not None)), -1)
         # Packed documents leave no single state behind.
         kwargs["use_cache"], kwargs["past_key_values"], cache = False, None, None
-    kwargs["hybrid"] = HybridContext(cache=cache, real=real, document=document)
+    kwargs["hybrid"] = HybridContext(cache=cache, real=real, document=document, seen=seen)
     return args, kwargs

@@ -7,31 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from lolcats_core.config import local_layers, softmax_layers
+from lolcats_core.config import LinearizeConfig, softmax_layers
 from lolcats_core.errors import UserError
 from lolcats_kernels.hybrid_attention import HybridState
 
+_NO_CROP = (
+    "a linearized layer cannot forget tokens (its state is a sum over them); decoding that takes back tokens, such as"
+    " assisted or prompt-lookup decoding, needs a softmax model"
+)
+
 
 class HybridLayer(CacheLayerMixin):
-    """State of one linearized layer. The attention function reads and replaces `state`; `update` only counts."""
+    """Cache of one linearized layer.
+
+    The attention function reads and replaces `state` and appends to `softmax`; `update` only counts.
+
+    Attributes:
+        state: of the linearized kv groups, or None before the first token.
+        softmax: keys and values of the kv groups that keep softmax attention, or None where none does.
+        seen: tokens so far, padding included.
+    """
 
     is_sliding = False
     is_compileable = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, softmax: DynamicLayer | None = None) -> None:
+        super().__init__()
         self.state: HybridState | None = None
+        self.softmax = softmax
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns the new keys and values alone: older ones are in the state."""
+        """Returns the new keys and values alone: the attention function finds older ones in this layer."""
         self.seen += key_states.shape[-2]
         return key_states, value_states
 
@@ -46,41 +60,63 @@ class HybridLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.seen = None, 0
+        if self.softmax is not None:
+            self.softmax.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        if self.softmax is not None:
+            self.softmax.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda tensor: tensor[indices])
+        if self.softmax is not None:
+            self.softmax.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        if self.softmax is not None:
+            self.softmax.batch_repeat_interleave(repeats)
 
     def _map(self, function: Any) -> None:
         if self.state is not None:
             self.state = self.state.map(function)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda tensor: tensor[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
     def offload(self) -> None:
         raise UserError("a linearized layer's state is constant in size; offloading it is not supported")
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise UserError(
-            "a linearized layer cannot forget tokens (its state is a sum over them); decoding that takes back"
-            " tokens, such as assisted or prompt-lookup decoding, needs a softmax model"
-        )
+        raise UserError(_NO_CROP)
 
 
 class HybridCache(Cache):
-    """One `HybridLayer` per linearized layer, an ordinary growing layer for each that keeps softmax attention."""
+    """A `HybridLayer` per linearized layer; what the teacher has for each layer or kv group that keeps softmax."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        kept, local = softmax_layers(config), local_layers(config)
-        layers: list[Any] = [DynamicLayer() if i in kept else HybridLayer() for i in range(config.num_hidden_layers)]
-        for i in local:
-            layers[i] = DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
+        settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
+        # Growing, or bounded by the layer's own sliding window.
+        layers: list[Any] = DynamicCache(config=config).layers
+        for i, layer in enumerate(layers):
+            if i not in kept:
+                layers[i] = HybridLayer(layer if i in settings.softmax_heads else None)
         super().__init__(layers=layers)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        # Before any layer, or those that keep softmax would be cut and the others not.
+        if not self.is_croppable:
+            raise UserError(_NO_CROP)
+        super().crop(tokens_to_remove)
+
     def state_bytes(self) -> int:
-        """Bytes held by the linearized layers."""
+        """Bytes of the linearized kv groups' states: constant in the number of tokens."""
         states = (layer.state for layer in self.layers if isinstance(layer, HybridLayer) and layer.state is not None)
-        return sum(tensor.numel() * tensor.element_size() for state in states for tensor in vars(state).values())
+        return sum(_bytes(tensor) for state in states for tensor in vars(state).values())
+
+    def softmax_bytes(self) -> int:
+        """Bytes of the keys and values of layers and kv groups that keep softmax attention."""
+        layers: list[Any] = [layer.softmax if isinstance(layer, HybridLayer) else layer for layer in self.layers]
+        return sum(_bytes(layer.keys) + _bytes(layer.values) for layer in layers if layer is not None)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from lolcats_core.errors import UserError
 
 Window = Literal["terraced", "sliding", "none"]
 FeatureMap = Literal["hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu"]
@@ -24,6 +27,8 @@ class LinearizeConfig:
         feature_dim: columns F of each map; ``hedgehog`` and ``exp`` have 2F features.
         k_map_per: one key map per ``query_head`` (published) or per ``kv_head`` (state H/Hk times smaller).
         softmax_layers: layers that keep softmax attention.
+        softmax_heads: kv groups that keep softmax attention inside a layer whose other groups are linearized: layer
+            to kv heads, each with the query heads it serves. Text keys, as JSON makes them, count as numbers.
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
         feature_map_init: ``kaiming`` (published) or ``identity`` (needs feature_dim equal to the head dim).
@@ -32,7 +37,7 @@ class LinearizeConfig:
         tie_qk: queries and keys share one map.
 
     Raises:
-        ValueError: a value breaks its constraint; the message names both.
+        UserError: a value breaks its constraint; the message names both.
     """
 
     window: Window = "terraced"
@@ -41,6 +46,7 @@ class LinearizeConfig:
     feature_dim: int = 64
     k_map_per: Literal["query_head", "kv_head"] = "query_head"
     softmax_layers: tuple[int, ...] = ()
+    softmax_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
     feature_map_init: Literal["kaiming", "identity"] = "kaiming"
@@ -50,29 +56,49 @@ class LinearizeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "softmax_layers", tuple(sorted(set(self.softmax_layers))))
+        object.__setattr__(self, "softmax_heads", _kept_heads(self.softmax_heads))
         size = self.window_size
         if size < 4 or size & (size - 1):
-            raise ValueError(f"`window_size` must be a power of two of at least 4, got {size}")
+            raise UserError(f"`window_size` must be a power of two of at least 4, got {size}")
         if self.window not in WINDOWS:
-            raise ValueError(f"`window` must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+            raise UserError(f"`window` must be one of {', '.join(WINDOWS)}, got {self.window!r}")
         if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(f"`feature_map` must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+            raise UserError(f"`feature_map` must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.feature_dim < 1:
-            raise ValueError(f"`feature_dim` must be at least 1, got {self.feature_dim}")
+            raise UserError(f"`feature_dim` must be at least 1, got {self.feature_dim}")
         if self.k_map_per not in ("query_head", "kv_head"):
-            raise ValueError(f"`k_map_per` must be query_head or kv_head, got {self.k_map_per!r}")
+            raise UserError(f"`k_map_per` must be query_head or kv_head, got {self.k_map_per!r}")
         if self.linear_factor not in ("one", "affine"):
-            raise ValueError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
+            raise UserError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
         if not 0.0 < self.init_window_factor < 1.0:
-            raise ValueError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
+            raise UserError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
         if any(layer < 0 for layer in self.softmax_layers):
-            raise ValueError(f"`softmax_layers` must be layer indices of at least 0, got {self.softmax_layers}")
+            raise UserError(f"`softmax_layers` must be layer indices of at least 0, got {self.softmax_layers}")
+        twice = sorted(self.softmax_heads.keys() & set(self.softmax_layers))
+        if twice:
+            raise UserError(f"layer {twice[0]} is in `softmax_layers` and in `softmax_heads`; name it in one of them")
         if self.tie_qk and self.k_map_per == "kv_head":
-            raise ValueError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
+            raise UserError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's config.json."""
-        return {**asdict(self), "softmax_layers": list(self.softmax_layers)}
+        heads = {str(layer): list(kept) for layer, kept in self.softmax_heads.items()}
+        return {**asdict(self), "softmax_layers": list(self.softmax_layers), "softmax_heads": heads}
+
+
+def _kept_heads(given: Mapping[Any, Any]) -> dict[int, tuple[int, ...]]:
+    """`softmax_heads` in order, with numbers as keys and without layers that keep nothing."""
+    kept: dict[int, tuple[int, ...]] = {}
+    for key, heads in given.items():
+        layer = int(key) if str(key).isdecimal() else -1
+        if layer < 0:
+            raise UserError(f"`softmax_heads` must have layer indices of at least 0 as keys, got {key!r}")
+        if layer in kept:
+            raise UserError(f"`softmax_heads` names layer {layer} twice")
+        if any(head < 0 for head in heads):
+            raise UserError(f"`softmax_heads` of layer {layer} must be kv heads of at least 0, got {min(heads)}")
+        kept[layer] = tuple(sorted(set(heads)))
+    return {layer: kept[layer] for layer in sorted(kept) if kept[layer]}
 
 
 def local_layers(config: Any) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The parameters that linearizing adds to an attention layer: feature maps and window factors.
 
-# H query heads, Hk key/value heads, D head dim, F columns of a map
+# H linearized query heads, Hk linearized key/value heads, D head dim, F columns of a map
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ from torch import Tensor, nn
 
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
+from lolcats_core.kv_groups import KVGroups
 
 
 class FeatureMaps(nn.Module):
     """Maps of queries and keys and the window factor of one layer (arXiv 2410.10254, sections 3.1 and 3.2).
+
+    `groups` says which of the layer's kv groups have them; those that keep softmax attention have none.
 
     Parameters (float32 unless the model is float64, whatever the model's dtype: steps of 1e-2 are lost in bf16):
         w_q [H, D, F], w_k [H or Hk, D, F] (absent with `tie_qk`), b_q, b_k (with `feature_map_bias`), and
         window_factor [H], whose sigmoid is gamma.
     """
 
-    def __init__(self, config: LinearizeConfig, heads: int, key_heads: int, head_dim: int) -> None:
+    def __init__(self, config: LinearizeConfig, groups: KVGroups, queries_per_group: int, head_dim: int) -> None:
         super().__init__()
-        self.settings = config
-        self.heads, self.key_heads, self.head_dim = heads, key_heads, head_dim
+        self.settings, self.groups = config, groups
+        key_heads = len(groups.linear)
+        heads = key_heads * queries_per_group
+        self.heads, self.head_dim = heads, head_dim
         square = config.feature_map_skip or config.feature_map_init == "identity"
         if square and config.feature_dim != head_dim:
             raise UserError(

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import causal_logits
 from lolcats_core.evaluation.perplexity import next_token_targets, perplexity
-from lolcats_core.modeling import feature_maps
 from lolcats_core.params import FinetuneParams
 from lolcats_core.training import Rows, TrainResult, train
 
@@ -53,6 +52,9 @@ def check_target_modules(student: nn.Module, params: FinetuneParams) -> None:
 def add_lora(student: PreTrainedModel, params: FinetuneParams, seed: int) -> PeftModel:
     """`student` with fresh LoRA adapters on `target_modules`; everything else is frozen.
 
+    The adapter carries the feature maps as well, so it holds all that both stages trained, and it names a module that
+    only linearized models have, so peft refuses to load it onto the softmax teacher.
+
     Raises:
         UserError: a target module does not exist.
     """
@@ -65,12 +67,15 @@ def add_lora(student: PreTrainedModel, params: FinetuneParams, seed: int) -> Pef
         lora_alpha=params.lora_alpha,
         lora_dropout=params.lora_dropout,
         target_modules=list(params.target_modules),
+        modules_to_save=["feature_maps"],
+        # Of all that peft can be asked for by name, only these modules must exist (peft 0.21).
+        trainable_token_indices={"linearized": [0]},
         task_type="CAUSAL_LM",
     )
     model = cast("PeftModel", get_peft_model(student, config))
-    if params.train_feature_maps:
-        for maps in feature_maps(model).values():
-            maps.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.requires_grad_(params.train_feature_maps and ".feature_maps.modules_to_save." in name)
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -45,11 +45,13 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from lolcats_core.architectures import ARCHITECTURES, refusal
 from lolcats_core.attention import ATTENTION_NAME, hybrid_attention_forward, prepare_inputs
-from lolcats_core.config import LinearizeConfig, softmax_layers
+from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.files import atomic_file
+from lolcats_core.kv_groups import KVGroups
 from lolcats_core.remote_code import auto_map, write_code
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
@@ -66,6 +68,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
 }
 PREFIX = "lolcats_"
+# Settings that decide where training starts and nothing after it.
+INITIAL = ("init_window_factor", "feature_map_init")
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -82,12 +86,14 @@ class LinearizedMixin:
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
         settings = LinearizeConfig(**config.linearize)
-        heads = config.num_attention_heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
         for layer in attention_layers(cast(nn.Module, self)):
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
-                layer.feature_maps = FeatureMaps(settings, heads, key_heads, head_dim)
+                groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
+                layer.feature_maps = FeatureMaps(settings, groups, config.num_attention_heads // groups.count, head_dim)
+        # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
+        # refuses to put them onto the softmax teacher, whose other modules have the same names.
+        self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
         cast(PreTrainedModel, self).base_model.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
 
     @classmethod
@@ -153,22 +159,39 @@ LINEARIZED = {name: _family(name) for name in FAMILIES}
 
 def supported_architectures() -> tuple[str, ...]:
     """The `model_type` of every family that can be linearized."""
-    return tuple(FAMILIES)
+    return ARCHITECTURES
 
 
 def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> None:
     """Refuse what cannot be linearized before any weight is loaded.
 
     Raises:
-        UserError: the family is unknown, or `settings` do not fit its shape.
+        UserError: the architecture cannot be linearized (with the reason), or `settings` do not fit its shape.
     """
     if config.model_type.startswith(PREFIX):
         raise UserError(f"the teacher is already a linearized model ({config.model_type}); give its softmax original")
-    if config.model_type not in FAMILIES:
-        raise UserError(f"architecture {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    beyond = [layer for layer in settings.softmax_layers if layer >= config.num_hidden_layers]
-    if beyond:
-        raise UserError(f"`softmax_layers` must be below the {config.num_hidden_layers} layers, got {beyond[0]}")
+    reason = refusal(config.to_dict())
+    if reason is not None:
+        raise UserError(reason)
+    layers, groups = config.num_hidden_layers, kv_heads(config)
+    for name in ("softmax_layers", "softmax_heads"):
+        beyond = [layer for layer in getattr(settings, name) if layer >= layers]
+        if beyond:
+            raise UserError(f"`{name}` must be below the {layers} layers, got {beyond[0]}")
+    for layer, kept in settings.softmax_heads.items():
+        if layer in local_layers(config):
+            raise UserError(
+                f"layer {layer} in `softmax_heads` is a local layer, which keeps softmax attention as it is"
+            )
+        if kept[-1] >= groups:
+            raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
+        if len(kept) == groups:
+            raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """Key/value heads of each layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
@@ -180,6 +203,24 @@ def attention_layers(model: nn.Module) -> list[Any]:
 def feature_maps(model: nn.Module) -> dict[str, FeatureMaps]:
     """Every layer's `FeatureMaps` by its name in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FeatureMaps)}
+
+
+def check_settings(saved: dict[str, Any], model: dict[str, Any], source: Path | str) -> None:
+    """Refuse parameters trained under other settings; those that only choose initial values may differ.
+
+    Args:
+        saved: the values of the `LinearizeConfig` that `source` was made with; `model`: those of the model.
+
+    Raises:
+        UserError: naming the first setting that differs and both values.
+    """
+    try:
+        made, wanted = LinearizeConfig(**saved).to_dict(), LinearizeConfig(**model).to_dict()
+    except TypeError as error:
+        raise UserError(f"{source}: made by another version of this package ({error})") from None
+    for key, value in wanted.items():
+        if made[key] != value and key not in INITIAL:
+            raise UserError(f"{source}: made with `{key}` {made[key]!r}, but the model has {value!r}")
 
 
 def named_map_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -195,7 +236,9 @@ def empty_student(teacher: PreTrainedConfig, settings: LinearizeConfig) -> PreTr
     """
     check_architecture(teacher, settings)
     config_class, model_class = LINEARIZED[teacher.model_type]
-    values = {key: value for key, value in teacher.to_dict().items() if key not in ("model_type", "architectures")}
+    # The student is not the checkpoint that its teacher came from, so it does not take over that name.
+    dropped = ("model_type", "architectures", "_name_or_path")
+    values = {key: value for key, value in teacher.to_dict().items() if key not in dropped}
     return model_class(config_class(**values, linearize=settings.to_dict()))  # type: ignore[call-arg]
 
 
@@ -220,6 +263,7 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
         for key, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, key, buffers[f"{name}.{key}"])
+    cast(nn.Embedding, student.linearized).to_empty(device=model.device).weight.data.zero_()
     student.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in attention_layers(student):
@@ -251,13 +295,16 @@ def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})["linearize"])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run stage `transfer` first") from None
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
-    expected = {
-        f"{name}.{key}": p for name, maps in feature_maps(student).items() for key, p in maps.named_parameters()
-    }
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
+    check_settings(settings, student.config.linearize, path)
+    expected = named_map_parameters(student)
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())[0]
         raise UserError(f"{path}: feature maps of another model or configuration ({odd} does not match)")

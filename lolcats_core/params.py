@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -340,6 +341,11 @@ def _coerce(hint: Any, value: Any, path: str, source: str) -> Any:
         if not isinstance(value, list | tuple):
             raise refuse("a list")
         return tuple(_coerce(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise refuse("a mapping")
+        # Keys come as numbers from YAML and as text from JSON and dotted overrides; the section's class reads both.
+        return {key: _coerce(args[1], item, f"{path}.{key}", source) for key, item in value.items()}
     if hint is bool:
         if not isinstance(value, bool):
             raise refuse("true or false")

@@ -8,23 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lolcats_core.architectures import refusal
 from lolcats_core.errors import UserError
 
-# The `model_type` of every family that `lolcats_core.modeling` can linearize; a test keeps the two equal. Written here
-# as well because pinning a teacher must not depend on the modelling code.
-ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "olmo2",
-    "smollm3",
-    "granite",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,18 +68,18 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind.startswith("lolcats_"):
         raise UserError(f"teacher {source} is already a linearized model ({kind}); give its softmax original")
-    if kind not in ARCHITECTURES and not (trust_remote_code and "auto_map" in raw):
-        raise UserError(
-            f"teacher {source}: architecture {kind!r} cannot be linearized; supported: {', '.join(ARCHITECTURES)}"
-        )
+    reason = refusal(raw)
+    if reason is not None and not (trust_remote_code and "auto_map" in raw):
+        raise UserError(f"teacher {source}: {reason}")
     if raw.get("quantization_config"):
         raise UserError(f"teacher {source}: quantized weights cannot be linearized; give the unquantized model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise UserError(f"teacher {source}: config.json is not usable ({_first_line(error)})") from None
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(f"teacher {source}: architecture {config.model_type!r} cannot be linearized")
+    reason = refusal(config.to_dict())
+    if reason is not None:
+        raise UserError(f"teacher {source}: {reason}")
     return config
 
 

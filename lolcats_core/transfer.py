@@ -53,7 +53,7 @@ class _Observer:
         with torch.set_grad_enabled(self.scale is not None):
             operands, options = maps.operands()
             options |= {"scale": scores.scale, "softcap": scores.softcap}
-            edges = context.cu_seqlens()
+            edges = context.cu_seqlens
             if edges is not None:
                 q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
             mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=edges)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
 from lolcats_core.errors import UserError
-from tests.core.data.tokenizer import tiny_tokenizer
+from tests.core.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 CHAT = [

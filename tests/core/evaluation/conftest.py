@@ -1,24 +1,14 @@
-"""A byte-level tokenizer and models small enough for tests."""
+"""Models that a byte-level tokenizer fits, as fixtures."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|end|>": 0, **{symbol: index + 1 for index, symbol in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+from tests.core.tiny import byte_teacher, byte_tokenizer
 
 
 class Memorizer(LlamaForCausalLM):
@@ -44,24 +34,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
 
 
-def tiny_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
-
-
 @pytest.fixture(scope="session")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(tiny_config()).eval()
+    return byte_teacher()
 
 
 @pytest.fixture(scope="session")
 def memorizer() -> Memorizer:
-    return Memorizer(tiny_config()).eval()
+    return Memorizer(byte_teacher().config).eval()
