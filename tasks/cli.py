@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -24,6 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Preset = Annotated[str | None, typer.Option(help="Name of a preset in presets/, laid over params.yaml.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A model or delta directory, or a registered version: candidate, 3, name@alias, name/3."),
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One parameter, such as transfer.lr=0.005.")
 ]
@@ -158,12 +163,9 @@ def _moment(milliseconds: int) -> str:
 @_one_line_errors
 def generate(
     prompt: str,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A model directory, or a registered version: candidate, 3, name@alias or name/3."),
-    ] = None,
+    model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")] = 0.0,
+    temperature: Temperature = 0.0,
     seed: int = 0,
 ) -> None:
     """Continue PROMPT with the linearized model, token by token."""
@@ -174,16 +176,57 @@ def generate(
     stream(path, prompt, max_new_tokens, temperature, seed)
 
 
+@app.command()
+@_one_line_errors
+def chat(
+    model: Model = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 200,
+    temperature: Temperature = 0.0,
+    seed: int = 0,
+) -> None:
+    """Talk with the linearized model: each line gets a reply, and the decode state is kept between them.
+
+    /reset starts a new conversation, /exit ends. Without a terminal, lines come from standard input.
+    """
+    setup_logging(logging.WARNING)
+    path = _model_path(find_root(), model)
+    from tasks.generation import chat as converse
+
+    converse(path, max_new_tokens, temperature, seed)
+
+
+@app.command()
+@_one_line_errors
+def export(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A registered version (candidate, 3, name@alias, name/3); by default the current outputs."),
+    ] = None,
+    form: Annotated[Literal["merged", "delta"], typer.Option(help="The whole model, or what was trained.")] = "merged",
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="exports/NAME-FORM by default.")] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split the merged weights into files of at most this size, such as 5GB.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the finetuned model with a model card: merged (loads with transformers alone) or as a delta."""
+    setup_logging(logging.WARNING)
+    root = find_root()
+    from tasks.export import export as write
+
+    print(write(root, source, form=form, to=to, max_shard_size=max_shard_size, force=force))
+
+
 def _model_path(root: Path, model: str | None) -> Path:
     from lolcats_core.errors import UserError
 
     path = Path(model) if model else root / "outputs" / "finetune" / "model"
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "delta.json").is_file():
         return path
     if model is None:
         raise UserError("outputs/finetune/model is missing; run `lolcats run` first, or give --model DIR")
     if path.exists():
-        raise UserError(f"--model {model}: no config.json in it, so it is no model directory")
+        raise UserError(f"--model {model}: no config.json or delta.json in it, so it is no model directory")
     from lolcats_core.params import load_params
     from tasks.registry import download
 

@@ -7,17 +7,17 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from lolcats_core import linearize, load_feature_maps, low_rank_finetune
+from lolcats_core import linearize, load_feature_maps, low_rank_finetune, save_delta
 from lolcats_core.finetune import check_target_modules
 from lolcats_core.runtime import resolve_device, resolve_dtype
-from lolcats_core.teacher import load_teacher, load_tokenizer
+from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin
 from tasks.figures import loss_figure
 from tasks.stage import Stage, main
 from tasks.training_outputs import open_rows, training_metrics, write_history
 
 
 def run(stage: Stage) -> Mapping[str, float]:
-    """Write model/ (merged, with tokenizer), adapter/ and history.jsonl; metrics of the training."""
+    """Write model/ (merged, with tokenizer), adapter/ (the delta) and history.jsonl; metrics of the training."""
     params = stage.params
     device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
@@ -39,9 +39,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     stage.log_figure("finetune_loss.png", loss_figure(result.history, "Low-rank finetuning"))
     write_history(stage.out / "history.jsonl", result)
-    # The adapter belongs on the linearized model before stage 2, never on the softmax teacher of the same name.
-    adapted.peft_config["default"].base_model_name_or_path = ""
-    adapted.save_pretrained(str(stage.out / "adapter"))
+    save_delta(adapted, stage.out / "adapter", read_pin(stage.input("teacher")))
     merged = cast(PreTrainedModel, adapted.merge_and_unload())
     merged.save_pretrained(stage.out / "model")
     load_tokenizer(stage.input("teacher")).save_pretrained(stage.out / "model")

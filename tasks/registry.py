@@ -25,6 +25,14 @@ from tasks.tracking import EXPERIMENT, Run, connect, device_tags, experiment_id,
 logger = logging.getLogger(__name__)
 REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyyaml", "triton")
 MODEL = "outputs/finetune/model"
+# What a version keeps: the model and what `lolcats export` needs besides.
+ARTIFACTS = {
+    "model": Path(MODEL),
+    "adapter": Path("outputs/finetune/adapter"),
+    "evaluation": Path("outputs/evaluate/evaluation.json"),
+    "teacher": Path("outputs/teacher/teacher.json"),
+    "params": Path("params.yaml"),
+}
 COMPLETE = "registration"  # tag; set to "complete" after the alias, so that a version cut short is recognised
 EXAMPLE = ["def add(a, b):\n    "]
 
@@ -54,12 +62,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
     Raises:
         UserError: the model is missing or not the one of the current inputs, or MLflow cannot be used.
     """
-    if not (root / MODEL / "config.json").is_file():
-        raise UserError(f"{MODEL} is missing; run `dvc repro` first")
-    stale = graph.changed(root)
-    if stale:
-        raise UserError(f"{', '.join(stale)}: outputs are not those of the current inputs; run `dvc repro` first")
-    lock = _lock(root)
+    lock = checked_lock(root)
     commit, dirty = git_state(root)
     key = {"git.commit": commit, "model.md5": _model_md5(lock)}
     client = connect(root)
@@ -71,7 +74,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
             return RegisteredVersion(name, str(existing.version), alias, False, existing.run_id)
         if existing is None:
             graph.push_if_remote(root)
-            tags = {**key, "git.dirty": str(dirty).lower(), **_lineage(root, params, lock)}
+            tags = {**key, "git.dirty": str(dirty).lower(), **_origin(root, params, lock)}
             run_id = parent_run_id or _own_run(root, params)
             model_id, location = _log_model(client, root, run_id)
             _ensure_registered_model(client, name)
@@ -91,8 +94,42 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
     return RegisteredVersion(name, version, alias, True, existing.run_id)
 
 
+def checked_lock(root: Path) -> dict[str, Any]:
+    """The stages of dvc.lock, once the outputs are there and those of the current inputs.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not (root / MODEL / "config.json").is_file():
+        raise UserError(f"{MODEL} is missing; run `dvc repro` first")
+    stale = graph.changed(root)
+    if stale:
+        raise UserError(f"{', '.join(stale)}: outputs are not those of the current inputs; run `dvc repro` first")
+    return _lock(root)
+
+
+def lineage(root: Path, params: Params) -> dict[str, str]:
+    """What a version registered now would say about its origin.
+
+    Raises:
+        UserError: the outputs are missing or not those of the current inputs.
+    """
+    lock = checked_lock(root)
+    commit, dirty = git_state(root)
+    return {"git.commit": commit, "git.dirty": str(dirty).lower(), **_origin(root, params, lock)}
+
+
 def download(root: Path, name: str, which: str) -> Path:
     """The model directory of a registered version: ``3``, ``alias``, ``name/3`` or ``name@alias``.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    return version_files(root, name, which)[1] / "model"
+
+
+def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
+    """A registered version and the directory of its files: model, and what `ARTIFACTS` names.
 
     Raises:
         UserError: there is no such version.
@@ -108,9 +145,10 @@ def download(root: Path, name: str, which: str) -> Path:
     try:
         version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
         location = client.get_model_version_download_uri(name, version)
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts/model"))
+        files = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts"))
+        return client.get_model_version(name, str(version)), files
     except Exception as error:
-        raise UserError(f"--model {which}: no such directory or registered version: {first_line(error)}") from error
+        raise UserError(f"{which}: no such directory or registered version: {first_line(error)}") from error
 
 
 def _lock(root: Path) -> dict[str, Any]:
@@ -158,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _lineage(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, str]:
+def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, str]:
     """What a version says about its origin: data, teacher, runs, versions, hardware and the main results."""
     outputs = root / "outputs"
     evaluation = _read_json(outputs / "evaluate" / "evaluation.json")
@@ -207,7 +245,11 @@ def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str]:
                 model_id=logged.model_id,
             ),
             python_model=str(Path(__file__).with_name("serving_model.py")),
-            artifacts={"model": str(_without_links(root / MODEL, Path(temporary) / "plain" / "model"))},
+            artifacts={
+                name: str(_without_links(root / path, Path(temporary) / "plain" / path.name))
+                for name, path in ARTIFACTS.items()
+                if (root / path).exists()
+            },
             code_paths=_code(root, Path(temporary) / "code"),
             pip_requirements=_requirements(),
             signature=_signature(),
@@ -219,11 +261,12 @@ def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str]:
     return str(logged.model_id), f"models:/{logged.model_id}"
 
 
-def _without_links(model: Path, copy: Path) -> Path:
-    """The model, copied where DVC linked its files to the cache (``cache.type symlink``): MLflow follows no links."""
-    if not any(path.is_symlink() for path in (model, *model.rglob("*"))):
-        return model
-    shutil.copytree(model, copy)
+def _without_links(path: Path, copy: Path) -> Path:
+    """A file or directory, copied where DVC linked it to the cache (``cache.type symlink``): MLflow takes no links."""
+    if not any(part.is_symlink() for part in (path, *path.rglob("*"))):
+        return path
+    copy.parent.mkdir(exist_ok=True)
+    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
     return copy
 
 

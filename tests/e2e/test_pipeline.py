@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lolcats_core.files import sha256_file
 from lolcats_core.params import apply_overrides, read_yaml
 from tests.conftest import run_git
-from tests.core.data.tokenizer import tiny_tokenizer
+from tests.core.tiny import tiny_teacher, tiny_tokenizer
 from tests.tasks.processes import processes_in
 
 ROOT = Path(__file__).parents[2]
@@ -54,21 +52,19 @@ def make_project(root: Path) -> Path:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    shape = LlamaConfig(
+    teacher = tiny_teacher(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=512,
         initializer_range=0.1,
+        pad_token_id=None,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    LlamaForCausalLM(shape).save_pretrained(root / "tiny")
+    teacher.save_pretrained(root / "tiny")
     tokenizer.save_pretrained(root / "tiny")
     values = apply_overrides(read_yaml(ROOT / "params.yaml"), TINY)
     (root / "params.yaml").write_text(yaml.safe_dump(values))
@@ -120,6 +116,15 @@ def test_a_second_run_reuses_everything_and_registers_nothing_new(project: Path)
     assert {stage["state"] for stage in report["stages"].values()} == {"unchanged"}
     assert (report["registered"]["version"], report["registered"]["created"]) == ("1", False)
     assert table.count("reused") >= 5
+
+
+def test_both_exported_forms_of_the_run_write_what_its_model_writes(project: Path, tmp_path: Path) -> None:
+    texts = [succeed(project, "lolcats", "generate", "def add(", "--max-new-tokens", "8")]
+    for source, form in (((), "merged"), (("candidate",), "merged"), ((), "delta"), (("candidate",), "delta")):
+        folder = str(tmp_path / f"{len(source)}-{form}")
+        assert folder in succeed(project, "lolcats", "export", *source, "--form", form, "--to", folder)
+        texts.append(succeed(project, "lolcats", "generate", "def add(", "--max-new-tokens", "8", "--model", folder))
+    assert len(set(texts)) == 1, texts
 
 
 def test_repro_runs_nothing_again_and_a_new_finetune_lr_runs_finetune_and_evaluate_alone(

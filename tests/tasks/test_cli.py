@@ -42,7 +42,7 @@ def test_help_comes_without_loading_torch() -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "tasks.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert time.monotonic() - started < 10
-    for command in ("run", "status", "generate", "register", "doctor", "teacher"):
+    for command in ("run", "status", "generate", "chat", "register", "export", "doctor", "teacher"):
         assert command in done.stdout
 
 
@@ -79,7 +79,7 @@ def test_a_broken_params_yaml_is_refused_in_one_line(here: Path, content: bytes)
 def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
-    for command in (["run"], ["status"], ["register"], ["doctor"], ["generate", "x"]):
+    for command in (["run"], ["status"], ["register"], ["doctor"], ["generate", "x"], ["chat"], ["export"]):
         assert "is not in a project" in refused(*command)
 
 
@@ -87,7 +87,7 @@ def test_generating_without_a_model_says_what_to_do(here: Path) -> None:
     assert "run `lolcats run` first" in refused("generate", "x")
     assert "registered version" in refused("generate", "x", "--model", "candidate")
     (here / "empty").mkdir()
-    assert "no config.json" in refused("generate", "x", "--model", "empty")
+    assert "no config.json or delta.json" in refused("generate", "x", "--model", "empty")
 
 
 def test_a_damaged_model_is_one_line(here: Path) -> None:

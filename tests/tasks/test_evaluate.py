@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
@@ -19,8 +19,8 @@ from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.params import ComputeParams, EvaluateParams, Params
 from tasks import evaluate
-from tests.core.evaluation.conftest import byte_tokenizer, tiny_config
 from tests.core.evaluation.test_code_continuation import code
+from tests.core.tiny import byte_teacher, byte_tokenizer
 
 LENGTH = 256
 PARAMS = Params(
@@ -60,8 +60,7 @@ class FakeStage:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Earlier stages' outputs of a tiny random teacher."""
     root = tmp_path_factory.mktemp("outputs")
-    torch.manual_seed(0)
-    tokenizer, teacher = byte_tokenizer(), LlamaForCausalLM(tiny_config()).eval()
+    tokenizer, teacher = byte_tokenizer(), byte_teacher()
     (root / "teacher").mkdir()
     ids = tokenizer(code(150))["input_ids"]
     for name, first in (("train", 0), ("validation", LENGTH * 60)):

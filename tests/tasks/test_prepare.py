@@ -20,7 +20,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.params import Params, params_from_dict
 from lolcats_core.teacher import TeacherPin
 from tasks import prepare
-from tests.core.data.tokenizer import tiny_tokenizer
+from tests.core.tiny import tiny_tokenizer
 
 LENGTH = 32
 PIN: dict[str, Any] = dict.fromkeys([field.name for field in fields(TeacherPin)], 0) | {

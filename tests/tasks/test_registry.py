@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lolcats_core as lc
 from lolcats_core.errors import UserError
@@ -23,6 +21,7 @@ from lolcats_core.params import load_params
 from tasks import graph, registry
 from tasks.processes import end_group
 from tasks.tracking import connect
+from tests.core.tiny import byte_teacher, byte_tokenizer
 from tests.tasks.processes import wait_for
 
 LOAD = """
@@ -44,22 +43,9 @@ print(json.dumps(texts))
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A linearized Llama of a few thousand parameters with a tokenizer of bytes."""
     path = tmp_path_factory.mktemp("tiny") / "model"
-    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bytes_only = Tokenizer(models.BPE(vocab={**vocab, "<eos>": 256}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    shape = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-    )
-    student = lc.linearize(LlamaForCausalLM(shape), lc.LinearizeConfig(window_size=16, feature_dim=8))
+    student = lc.linearize(byte_teacher(), lc.LinearizeConfig(window_size=16, feature_dim=8))
     student.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<eos>").save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
