@@ -1,8 +1,10 @@
 """Kernels of one decoding step: constant state, updated in place, every sequence at its own position.
 
-Two launches. `window_kernel` does what needs the ring: a program per key/value head attends the window for its whole
-group of query heads on tensor cores; further programs compute the features of one query, or of the token that leaves,
-or fold a chunk that has left the window. `state_kernel` streams S once, adds what leaves and finishes the output.
+Two launches. `window_kernel` does what needs the ring: a program per sequence and key/value head attends the window for
+its whole group of query heads on tensor cores; further programs compute the features of the queries of some sequences,
+or of the tokens that leave, or fold the chunks that have left the window: of some sequences each, since all programs of
+a kernel get the registers of the largest, and many small ones would wait for each other. `state_kernel` streams S once,
+adds what leaves and finishes the output.
 
 Positions stand in device memory and nothing depends on the host, so a step can be captured in a CUDA graph. Every
 piece of state is written by one program, after the last launch in which another reads it.
@@ -31,6 +33,10 @@ from lolcats_kernels.hybrid_attention.state import HybridState
 
 # Rows of the smallest product on tensor cores: query heads of a group are padded to it.
 GROUP_ROWS = 16
+# Sequences whose features one program computes: a map is read once for all of them.
+SEQUENCES = 16
+# Warps of the kernel that streams the state.
+STATE_WARPS = 8
 
 
 @triton.jit
@@ -41,18 +47,18 @@ def load_square(W, head, of, od, D: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def store_features(x, W, B, head, OUT, factor, D: tl.constexpr, DB: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
-                   ACT: tl.constexpr, HALVES: tl.constexpr, FLOOR: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
-    """phi of one token x [DB], times `factor`, to OUT [HALVES F]."""
+def store_features(x, W, B, head, OUT, factor, inside, D: tl.constexpr, DB: tl.constexpr, F: tl.constexpr,
+                   FB: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr, FLOOR: tl.constexpr,
+                   BIASED: tl.constexpr):  # fmt: skip
+    """phi of one token of some sequences x [N, DB], times `factor` [N], to OUT [N] + [HALVES F] where `inside`."""
     of = tl.arange(0, FB)
-    w = load_square(W, head, of, tl.arange(0, DB), D, F)
     # Rounded like the operands of the chunked kernels.
-    product = tl.sum(x.to(tl.float32)[:, None] * w.to(x.dtype).to(tl.float32), 0)[None, :]
+    product = tl.dot(x, load_square(W, head, of, tl.arange(0, DB), D, F).to(x.dtype), input_precision="tf32x3")
     if BIASED:
         product += tl.load(B + head * F + of, mask=of < F, other=0.0).to(tl.float32)[None, :]
     for half in tl.static_range(HALVES):
-        phi = tl.sum(activation(product * (1.0 - 2.0 * half), of, ACT, FLOOR, F, FB), 0)
-        tl.store(OUT + half * F + of, factor * phi, mask=of < F)
+        phi = activation(product * (1.0 - 2.0 * half), of, ACT, FLOOR, F, FB) * factor[:, None]
+        tl.store(OUT[:, None] + half * F + of[None, :], phi, mask=inside[:, None] & (of < F)[None, :])
 
 
 @triton.jit
@@ -70,7 +76,8 @@ def ring_tile(
 
 @triton.jit
 def fold_chunk(RING_K, RING_V, stride, W, B, head, half, S, Z, D: tl.constexpr, DB: tl.constexpr, F: tl.constexpr,
-               FB: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr, FLOOR: tl.constexpr, BIASED: tl.constexpr):  # fmt: skip
+               FB: tl.constexpr, C: tl.constexpr, ACT: tl.constexpr, FLOOR: tl.constexpr,
+               BIASED: tl.constexpr):  # fmt: skip
     """Add C tokens of the ring to one half of a head's state, S [F, D] and Z [F].
 
     Few tokens at a time: this happens once in C steps, and what it needs is taken from the programs of all steps.
@@ -98,61 +105,73 @@ def fold_chunk(RING_K, RING_V, stride, W, B, head, half, S, Z, D: tl.constexpr, 
 @triton.jit
 def window_kernel(
     Q, K, V, WQ, WK, BQ, BK, GAMMA, ALPHA, S, Z, RING_K, RING_V, LENGTH,
-    POSITION, WINDOW_SUM, WINDOW_DEN, PHI, LEAVING, LEAVING_V, scale, cap,
+    POSITION, WINDOW_SUM, WINDOW_DEN, PHI, LEAVING, LEAVING_V, batch, scale, cap,
     q_b, q_h, k_b, k_h, v_b, v_h,
     H: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
     F: tl.constexpr, FB: tl.constexpr, C: tl.constexpr, R: tl.constexpr, WINDOW: tl.constexpr, ACT: tl.constexpr,
-    HALVES: tl.constexpr, FLOOR: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr,
+    HALVES: tl.constexpr, FLOOR: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 … HK-1: WINDOW_SUM [B, H, D] and WINDOW_DEN [B, H]. Then H programs: PHI [B, H, E], alpha phi(q).
+    """Four kinds of programs, each for one head; the first serves one sequence, the others N of them.
 
-    Then, terraced: HS x HALVES programs that fold a chunk into S and Z when one is due. Otherwise HS programs: LEAVING
-    [B, HS, E], phi of the token that joins the state in this step (zeros if none does), and LEAVING_V [B, Hk, D].
+    HK B: WINDOW_SUM [B, H, D] and WINDOW_DEN [B, H]. H B/N: PHI [B, H, E], alpha phi(q). Then, terraced, HS HALVES B/N
+    that fold chunks into S and Z where one is due; otherwise HS B/N: LEAVING [B, HS, E], phi of the token that joins
+    the state in this step (zeros if none does), and LEAVING_V [B, Hk, D].
     """
-    role = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    position = tl.load(LENGTH + b)
+    role = tl.program_id(0) - HK * batch
     od = tl.arange(0, DB)
     in_d = od < D
     E: tl.constexpr = HALVES * F
-    if role == 0:
-        tl.store(POSITION + b, position)
-    if role >= HK:
-        h = role - HK
-        if h < H:
-            q = tl.load(Q + b * q_b + h * q_h + od, mask=in_d, other=0.0)
-            out = PHI + (b * H + h) * E
-            store_features(q, WQ, BQ, h, out, tl.load(ALPHA + h), D, DB, F, FB, ACT, HALVES, FLOOR, BIASED)
+    if role >= 0:
+        block = role % tl.cdiv(batch, N)
+        role = role // tl.cdiv(batch, N)
+        b = (block * N + tl.arange(0, N)).to(tl.int64)
+        inside = b < batch
+        position = tl.load(LENGTH + b, mask=inside, other=0)
+        of_new = inside[:, None] & in_d[None, :]
+        if role < H:
+            if role == 0:
+                tl.store(POSITION + b, position, mask=inside)
+            q = tl.load(Q + b[:, None] * q_b + role * q_h + od[None, :], mask=of_new, other=0.0)
+            factor = tl.zeros([N], tl.float32) + tl.load(ALPHA + role)
+            out = PHI + (b * H + role) * E
+            store_features(q, WQ, BQ, role, out, factor, inside, D, DB, F, FB, ACT, HALVES, FLOOR, BIASED)
         elif WINDOW == TERRACED:
-            if (position % C == 0) & (position >= 2 * C):
-                # A chunk begins: the one before the previous leaves every window. Its first slot is the new token's.
-                head = (h - H) // HALVES
-                half = (h - H) % HALVES
-                first = ((b * R + position % R) * HK + head // (HS // HK)) * D
-                rows = (b * HS + head) * E + half * F
-                fold_chunk(
-                    RING_K + first, RING_V + first, HK * D, WK, BK, head, half, S + rows * D, Z + rows,
-                    D, DB, F, FB, C, ACT, FLOOR, BIASED,
-                )  # fmt: skip
+            # A chunk begins: the one before the previous leaves every window. Its first slot is the new token's.
+            due = inside & (position % C == 0) & (position >= 2 * C)
+            if tl.max(due.to(tl.int32), 0) > 0:
+                head = (role - H) // HALVES
+                half = (role - H) % HALVES
+                for i in range(N):
+                    row = (block * N + i).to(tl.int64)
+                    at = tl.load(LENGTH + row, mask=row < batch, other=1)
+                    if (at % C == 0) & (at >= 2 * C):
+                        first = ((row * R + at % R) * HK + head // (HS // HK)) * D
+                        rows = (row * HS + head) * E + half * F
+                        fold_chunk(
+                            RING_K + first, RING_V + first, HK * D, WK, BK, head, half, S + rows * D, Z + rows,
+                            D, DB, F, FB, C, ACT, FLOOR, BIASED,
+                        )  # fmt: skip
         else:
-            hs = h - H
+            hs = role - H
             hk = hs // (HS // HK)
             if WINDOW == NO_WINDOW:
                 # A token sees itself through the state.
-                k_old = tl.load(K + b * k_b + hk * k_h + od, mask=in_d, other=0.0)
-                v_old = tl.load(V + b * v_b + hk * v_h + od, mask=in_d, other=0.0)
-                joins = 1.0
+                k_old = tl.load(K + b[:, None] * k_b + hk * k_h + od[None, :], mask=of_new, other=0.0)
+                v_old = tl.load(V + b[:, None] * v_b + hk * v_h + od[None, :], mask=of_new, other=0.0)
+                joins = tl.full([N], 1.0, tl.float32)
             else:
-                place = ((b * R + position % C) * HK + hk) * D + od
-                k_old = tl.load(RING_K + place, mask=in_d, other=0.0)
-                v_old = tl.load(RING_V + place, mask=in_d, other=0.0)
+                place = (((b * R + position % C) * HK + hk) * D)[:, None] + od[None, :]
+                k_old = tl.load(RING_K + place, mask=of_new, other=0.0)
+                v_old = tl.load(RING_V + place, mask=of_new, other=0.0)
                 joins = tl.where(position >= C, 1.0, 0.0)
             out = LEAVING + (b * HS + hs) * E
-            store_features(k_old, WK, BK, hs, out, joins, D, DB, F, FB, ACT, HALVES, FLOOR, BIASED)
+            store_features(k_old, WK, BK, hs, out, joins, inside, D, DB, F, FB, ACT, HALVES, FLOOR, BIASED)
             if hs % (HS // HK) == 0:
-                tl.store(LEAVING_V + (b * HK + hk) * D + od, v_old, mask=in_d)
+                tl.store(LEAVING_V + ((b * HK + hk) * D)[:, None] + od[None, :], v_old, mask=of_new)
     elif WINDOW != NO_WINDOW:
-        hk = role
+        hk = tl.program_id(0) % HK
+        b = (tl.program_id(0) // HK).to(tl.int64)
+        position = tl.load(LENGTH + b)
         GROUP: tl.constexpr = H // HK
         oc = tl.arange(0, C)
         og = tl.arange(0, G)
@@ -302,15 +321,16 @@ def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: Hybri
         "HALVES": halves,
     }
     of_new = (k.stride(0), k.stride(2), v.stride(0), v.stride(2))
-    roles = key_heads + heads + state_heads * (halves if terraced else 1)
-    window_kernel[(roles, batch)](
+    blocks = (heads + state_heads * (halves if terraced else 1)) * triton.cdiv(batch, SEQUENCES)
+    window_kernel[(key_heads * batch + blocks,)](
         q, k, v, w_q, w_k, b_q, b_k, maps.gamma, maps.linear_factor(), state.s, state.z, state.ring_k, state.ring_v,
-        state.length, *passed, spec.scale, spec.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
+        state.length, *passed, batch, spec.scale, spec.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
         G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), C=window, ACT=activation_number,
-        FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, num_warps=4,
+        FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, N=SEQUENCES,
+        num_warps=4,
     )  # fmt: skip
     state_kernel[(state_heads, batch)](
         k, v, state.s, state.z, state.ring_k, state.ring_v, state.length, *passed, y, *of_new, **shape,
-        G=max(GROUP_ROWS, triton.next_power_of_2(heads // state_heads)), num_warps=8,
+        G=max(GROUP_ROWS, triton.next_power_of_2(heads // state_heads)), num_warps=STATE_WARPS,
     )  # fmt: skip
     return y
