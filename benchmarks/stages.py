@@ -2,6 +2,7 @@
 
     python -m benchmarks.stages --model meta-llama/Llama-3.1-8B --rows 1 --out stages.json
 
+The softmax model's plain forward pass and its LoRA step under SDPA are measured beside them in the same run.
 The layer's output is compared with the float64 definition at the model's head shape first; a wrong result ends the run
 before anything is timed. `efficiency` is the share of the measured matrix-product rate that the stage reaches, which is
 what `lolcats doctor` uses for its estimates.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lolcats_core.config import LinearizeConfig
@@ -99,8 +101,16 @@ def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaF
         torch.set_default_dtype(before)
 
 
+def prepared(model: Any, gradient_checkpointing: bool) -> Any:
+    """An adapted model in training mode."""
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
 def main() -> None:
-    """Measure and print one JSON row per stage."""
+    """Measure and print one JSON row per stage, the same work of the softmax model beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="meta-llama/Llama-3.1-8B", choices=sorted(KNOWN_MODELS))
     parser.add_argument("--rows", type=int, default=1)
@@ -127,24 +137,38 @@ def main() -> None:
     )
     error = check(shape, settings.window_size, settings.feature_dim, device)
     rate = matmul_rate(device, "bfloat16")
-    student = linearize(build(shape, torch.bfloat16, device), settings)
+    teacher = build(shape, torch.bfloat16, device)
+    student = linearize(teacher, settings)
     batch = {"input_ids": torch.randint(0, shape.vocab, (options.rows, options.length), device=device)}
-    adapted: Any = None
 
     def transfer() -> None:
         transfer_losses(student, batch, params.transfer, 1.0)
 
-    def finetune() -> None:
-        next_token_loss(adapted, batch).backward()
+    def softmax_forward() -> None:
+        with torch.no_grad():
+            teacher(batch["input_ids"], logits_to_keep=1, use_cache=False)
 
+    def low_rank(model: Any) -> Callable[[], None]:
+        return lambda: next_token_loss(model, batch).backward()
+
+    memory, flops = train_memory(params, shape), flops_per_token(params, shape)
     rows = []
-    for stage, step in (("transfer", transfer), ("finetune", finetune)):
-        if stage == "finetune":
+    for stage in ("transfer", "softmax forward", "finetune", "softmax finetune"):
+        if stage == "transfer":
+            step = transfer
+        elif stage == "softmax forward":
+            step = softmax_forward
+        elif stage == "finetune":
             student.zero_grad(set_to_none=True)
-            adapted = add_lora(student, params.finetune, seed=0).train()
-            if options.gradient_checkpointing:
-                student.gradient_checkpointing_enable({"use_reentrant": False})
-                student.enable_input_require_grads()
+            step = low_rank(prepared(add_lora(student, params.finetune, seed=0), options.gradient_checkpointing))
+        else:
+            del student
+            config = LoraConfig(
+                r=params.finetune.lora_rank,
+                lora_alpha=params.finetune.lora_alpha,
+                target_modules=list(params.finetune.target_modules),
+            )
+            step = low_rank(prepared(get_peft_model(teacher, config), options.gradient_checkpointing))
         seconds = timed(step, device, options.repeats)
         per_second = options.rows * options.length / statistics.median(seconds)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -159,8 +183,8 @@ def main() -> None:
                 "tokens_per_second": round(per_second, 1),
                 "p20_p50_p80_ms": [round(1e3 * seconds[int(len(seconds) * p)], 2) for p in (0.2, 0.5, 0.8)],
                 "peak_gib": round(peak / 2**30, 2),
-                "estimated_gib": round(train_memory(params, shape)[stage] / 2**30, 2),
-                "efficiency": round(per_second * flops_per_token(params, shape)[stage] / rate, 4),
+                "estimated_gib": round(memory[stage] / 2**30, 2) if stage in memory else None,
+                "efficiency": round(per_second * flops[stage] / rate, 4) if stage in flops else None,
                 "matmul_tflops": round(rate / 1e12, 1),
                 "relative_error": error,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -252,6 +252,11 @@ def _announce(level: int, message: str) -> None:
     logger.log(level, message)
 
 
+def _say(level: int, message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _announce(level, message)
+
+
 def _fused(
     q: Tensor,
     v: Tensor,
@@ -268,7 +273,7 @@ def _fused(
         ValueError: they were asked for and cannot.
     """
     if backend == "chunked" or (backend == "auto" and not q.is_cuda):
-        _announce(logging.INFO, f"hybrid attention on {q.device.type}: chunked PyTorch form ({backend})")
+        _say(logging.INFO, f"hybrid attention on {q.device.type}: chunked PyTorch form ({backend})")
         return False
     reason = None
     try:
@@ -281,11 +286,11 @@ def _fused(
     if reason is None and wanted and (return_state or through_state):
         reason = "gradients do not pass through a state; use torch.no_grad() for a state alone"
     if reason is None:
-        _announce(logging.INFO, f"hybrid attention on {q.device.type}: fused Triton kernels")
+        _say(logging.INFO, f"hybrid attention on {q.device.type}: fused Triton kernels")
         return True
     if backend == "triton":
         raise ValueError(f"`backend` triton cannot take this call: {reason}")
-    _announce(logging.WARNING, f"hybrid attention on {q.device.type}: chunked PyTorch form, since {reason}")
+    _say(logging.WARNING, f"hybrid attention on {q.device.type}: chunked PyTorch form, since {reason}")
     return False
 
 

@@ -35,8 +35,9 @@ from lolcats_kernels.hybrid_attention.state import HybridState
 GROUP_ROWS = 16
 # Sequences whose features one program computes: a map is read once for all of them.
 SEQUENCES = 16
-# Warps of the kernel that streams the state.
+# Warps of the kernel that streams the state; registers of the other, which rarely folds but always has room for it.
 STATE_WARPS = 8
+WINDOW_REGISTERS: int | None = None
 
 
 @triton.jit
@@ -103,6 +104,57 @@ def fold_chunk(RING_K, RING_V, stride, W, B, head, half, S, Z, D: tl.constexpr, 
 
 
 @triton.jit
+def attend_ring(
+    Q, K, V, GAMMA, RING_K, RING_V, LENGTH, WINDOW_SUM, WINDOW_DEN, sequence, hk, scale, cap,
+    q_b, q_h, k_b, k_h, v_b, v_h,
+    H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """The window's sum and denominator of the query heads that share one key/value head."""
+    b = sequence.to(tl.int64)
+    position = tl.load(LENGTH + b)
+    od = tl.arange(0, DB)
+    in_d = od < D
+    GROUP: tl.constexpr = H // HK
+    oc = tl.arange(0, C)
+    og = tl.arange(0, G)
+    slot = (position % R).to(tl.int32)
+    ring_k = RING_K + (b * R * HK + hk) * D
+    ring_v = RING_V + (b * R * HK + hk) * D
+    heads = hk * GROUP + og
+    in_group = og < GROUP
+    inside = in_group[:, None] & in_d[None, :]
+    q = tl.load(Q + b * q_b + heads[:, None] * q_h + od[None, :], mask=inside, other=0.0)
+    gamma = tl.load(GAMMA + heads, mask=in_group, other=0.0)
+    k_new = tl.load(K + b * k_b + hk * k_h + od, mask=in_d, other=0.0)
+    v_new = tl.load(V + b * v_b + hk * v_h + od, mask=in_d, other=0.0)
+    own = softcapped(tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale, cap, CAPPED) * LOG2E
+    seen = (oc <= position) & (oc != slot)
+    if WINDOW == TERRACED:
+        begun = slot // C * C
+        # The own chunk so far, then the whole previous one.
+        seen = begun + oc < slot
+        score, v = ring_tile(q, ring_k, ring_v, begun + oc, seen, HK * D, scale, cap, D, DB, CAPPED)
+        other = oc < tl.where(position >= C, C, 0)
+        score_b, v_b_tile = ring_tile(q, ring_k, ring_v, C - begun + oc, other, HK * D, scale, cap, D, DB, CAPPED)
+        top = tl.maximum(own, tl.maximum(tl.max(score, 1), tl.max(score_b, 1)))
+    else:
+        score, v = ring_tile(q, ring_k, ring_v, oc, seen, HK * D, scale, cap, D, DB, CAPPED)
+        top = tl.maximum(own, tl.max(score, 1))
+    weight = gamma[:, None] * tl.exp2(score - top[:, None])
+    own = gamma * tl.exp2(own - top)
+    den = own + tl.sum(weight, 1)
+    acc = own[:, None] * v_new.to(tl.float32)[None, :]
+    acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="tf32x3")
+    if WINDOW == TERRACED:
+        weight = gamma[:, None] * tl.exp2(score_b - top[:, None])
+        den += tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v_b_tile, acc, input_precision="tf32x3")
+    tl.store(WINDOW_SUM + (b * H + heads)[:, None] * D + od[None, :], acc, mask=inside)
+    tl.store(WINDOW_DEN + b * H + heads, den, mask=in_group)
+
+
+@triton.jit
 def window_kernel(
     Q, K, V, WQ, WK, BQ, BK, GAMMA, ALPHA, S, Z, RING_K, RING_V, LENGTH,
     POSITION, WINDOW_SUM, WINDOW_DEN, PHI, LEAVING, LEAVING_V, batch, scale, cap,
@@ -142,13 +194,13 @@ def window_kernel(
                 head = (role - H) // HALVES
                 half = (role - H) % HALVES
                 for i in range(N):
-                    row = (block * N + i).to(tl.int64)
-                    at = tl.load(LENGTH + row, mask=row < batch, other=1)
+                    b_due = (block * N + i).to(tl.int64)
+                    at = tl.load(LENGTH + b_due, mask=b_due < batch, other=1)
                     if (at % C == 0) & (at >= 2 * C):
-                        first = ((row * R + at % R) * HK + head // (HS // HK)) * D
-                        rows = (row * HS + head) * E + half * F
+                        first = ((b_due * R + at % R) * HK + head // (HS // HK)) * D
+                        state = (b_due * HS + head) * E + half * F
                         fold_chunk(
-                            RING_K + first, RING_V + first, HK * D, WK, BK, head, half, S + rows * D, Z + rows,
+                            RING_K + first, RING_V + first, HK * D, WK, BK, head, half, S + state * D, Z + state,
                             D, DB, F, FB, C, ACT, FLOOR, BIASED,
                         )  # fmt: skip
         else:
@@ -169,46 +221,10 @@ def window_kernel(
             if hs % (HS // HK) == 0:
                 tl.store(LEAVING_V + ((b * HK + hk) * D)[:, None] + od[None, :], v_old, mask=of_new)
     elif WINDOW != NO_WINDOW:
-        hk = tl.program_id(0) % HK
-        b = (tl.program_id(0) // HK).to(tl.int64)
-        position = tl.load(LENGTH + b)
-        GROUP: tl.constexpr = H // HK
-        oc = tl.arange(0, C)
-        og = tl.arange(0, G)
-        slot = (position % R).to(tl.int32)
-        ring_k = RING_K + (b * R * HK + hk) * D
-        ring_v = RING_V + (b * R * HK + hk) * D
-        heads = hk * GROUP + og
-        in_group = og < GROUP
-        inside = in_group[:, None] & in_d[None, :]
-        q = tl.load(Q + b * q_b + heads[:, None] * q_h + od[None, :], mask=inside, other=0.0)
-        gamma = tl.load(GAMMA + heads, mask=in_group, other=0.0)
-        k_new = tl.load(K + b * k_b + hk * k_h + od, mask=in_d, other=0.0)
-        v_new = tl.load(V + b * v_b + hk * v_h + od, mask=in_d, other=0.0)
-        own = softcapped(tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale, cap, CAPPED) * LOG2E
-        seen = (oc <= position) & (oc != slot)
-        if WINDOW == TERRACED:
-            begun = slot // C * C
-            # The own chunk so far, then the whole previous one.
-            seen = begun + oc < slot
-            score, v = ring_tile(q, ring_k, ring_v, begun + oc, seen, HK * D, scale, cap, D, DB, CAPPED)
-            other = oc < tl.where(position >= C, C, 0)
-            score_b, v_b_tile = ring_tile(q, ring_k, ring_v, C - begun + oc, other, HK * D, scale, cap, D, DB, CAPPED)
-            top = tl.maximum(own, tl.maximum(tl.max(score, 1), tl.max(score_b, 1)))
-        else:
-            score, v = ring_tile(q, ring_k, ring_v, oc, seen, HK * D, scale, cap, D, DB, CAPPED)
-            top = tl.maximum(own, tl.max(score, 1))
-        weight = gamma[:, None] * tl.exp2(score - top[:, None])
-        own = gamma * tl.exp2(own - top)
-        den = own + tl.sum(weight, 1)
-        acc = own[:, None] * v_new.to(tl.float32)[None, :]
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision="tf32x3")
-        if WINDOW == TERRACED:
-            weight = gamma[:, None] * tl.exp2(score_b - top[:, None])
-            den += tl.sum(weight, 1)
-            acc = tl.dot(weight.to(v.dtype), v_b_tile, acc, input_precision="tf32x3")
-        tl.store(WINDOW_SUM + (b * H + heads)[:, None] * D + od[None, :], acc, mask=inside)
-        tl.store(WINDOW_DEN + b * H + heads, den, mask=in_group)
+        attend_ring(
+            Q, K, V, GAMMA, RING_K, RING_V, LENGTH, WINDOW_SUM, WINDOW_DEN, tl.program_id(0) // HK,
+            tl.program_id(0) % HK, scale, cap, q_b, q_h, k_b, k_h, v_b, v_h, H, HK, G, D, DB, C, R, WINDOW, CAPPED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -327,7 +343,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: Hybri
         state.length, *passed, batch, spec.scale, spec.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
         G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), C=window, ACT=activation_number,
         FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, N=SEQUENCES,
-        num_warps=4,
+        num_warps=4, maxnreg=WINDOW_REGISTERS,
     )  # fmt: skip
     state_kernel[(state_heads, batch)](
         k, v, state.s, state.z, state.ring_k, state.ring_v, state.length, *passed, y, *of_new, **shape,

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.fused import launch
-from lolcats_kernels.hybrid_attention.fused.decode import decode
+from lolcats_kernels.hybrid_attention.fused.decode import decode as launch_decode
 from lolcats_kernels.hybrid_attention.fused.layout import Sequences
 from lolcats_kernels.hybrid_attention.spec import Maps, Spec
+from lolcats_kernels.hybrid_attention.state import HybridState
 
 # A copy of this file beside a saved model's weights may be loaded in the same process: its operators need other names.
 _PACKAGE = __name__.startswith("lolcats_kernels.")
@@ -141,6 +142,34 @@ def forward(
         spec.window, spec.window_size, spec.feature_map, spec.scale, spec.softcap, end,
     )  # fmt: skip
     return y, (s_end, z_end) if end else None
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::hybrid_decode", mutates_args=("s", "z", "ring_k", "ring_v", "length"))
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor, alpha: Tensor | None, b_q: Tensor | None,
+    b_k: Tensor | None, s: Tensor, z: Tensor, ring_k: Tensor, ring_v: Tensor, length: Tensor,
+    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    spec = Spec(window, window_size, feature_map, scale, softcap)
+    state = HybridState(s, z, ring_k, ring_v, length)
+    return launch_decode(q, k, v, Maps(w_q, w_k, gamma, alpha, b_q, b_k), spec, state)
+
+
+@_decode.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor, alpha: Tensor | None, b_q: Tensor | None,
+    b_k: Tensor | None, s: Tensor, z: Tensor, ring_k: Tensor, ring_v: Tensor, length: Tensor,
+    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: HybridState) -> Tensor:
+    """y [B, 1, H, D] of one new token of each sequence; `state` is updated in place."""
+    return _decode(
+        q, k, v, maps.w_q, maps.w_k, maps.gamma, maps.alpha, maps.b_q, maps.b_k, *vars(state).values(),
+        spec.window, spec.window_size, spec.feature_map, spec.scale, spec.softcap,
+    )  # fmt: skip
 
 
 class _Transfer(torch.autograd.Function):
