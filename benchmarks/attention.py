@@ -12,7 +12,6 @@ shape (one row, one group of heads); a wrong result ends the run. Times are of C
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import logging
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import quantiles
+from benchmarks.timing import quantiles, write_csv
 from lolcats_kernels.hybrid_attention import (
     apply_feature_map,
     attention_transfer_loss,
@@ -146,8 +145,8 @@ def group_of(x: Tensor) -> Tensor:
 class Table:
     """Rows as they come, with what they all share."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, list[dict[str, Any]]()
         self.shared = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(),
@@ -183,6 +182,7 @@ class Table:
             "relative_error": float(f"{error:.1e}"),
         }
         self.rows.append(row | self.shared)
+        write_csv(self.path, self.rows)
         logger.info("%s", " ".join(f"{key}={value}" for key, value in row.items()))
 
 
@@ -368,20 +368,15 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("a CUDA GPU is needed: without one the kernels run in an interpreter, which has no speed")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    table = Table()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for batch in BATCHES:
-            decode(table, batch)
-        for batch, tokens in SHAPES:
-            if tokens <= options.longest:
-                sequences(table, batch, tokens)
-                fla(table, batch, tokens)
-    finally:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table.rows[0]))
-            writer.writeheader()
-            writer.writerows(table.rows)
+    table = Table(options.out)
+    for batch in BATCHES:
+        decode(table, batch)
+    shapes = [(batch, tokens) for batch, tokens in SHAPES if tokens <= options.longest]
+    for batch, tokens in shapes:
+        sequences(table, batch, tokens)
+    # Last: it tunes itself for minutes.
+    for batch, tokens in shapes:
+        fla(table, batch, tokens)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ length that nothing is appended to, the faster of FlashAttention-2 and cuDNN, an
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import functools
 import logging
@@ -29,7 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from benchmarks.stages import build
-from benchmarks.timing import quantiles
+from benchmarks.timing import quantiles, write_csv
 from lolcats_core.cache import HybridCache
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.decode_graph import graphed_decoding
@@ -208,6 +207,7 @@ def main() -> None:
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
         }
         rows.append(row | shared)
+        write_csv(options.out, rows)
         logger.info("%s", " ".join(f"{key}={value}" for key, value in row.items()))
 
     def softmax_seconds(batch: int, context: int) -> tuple[float, ...]:
@@ -233,21 +233,14 @@ def main() -> None:
     def linear(batch: int, context: int) -> tuple[float, ...]:
         return linear_seconds(student, batch, context)
 
-    try:
-        for batch in options.batches:
-            for context in options.contexts:
-                if context in (options.contexts[0], options.contexts[-1]):
-                    measure("decode", "lolcats", batch, context, linear)
-                measure("decode", "softmax", batch, context, softmax_seconds)
-        for batch in options.generation_batches:
-            measure("generation", "lolcats", batch, PROMPT + NEW, linear)
-            measure("generation", "softmax", batch, PROMPT + NEW, softmax_generation)
-    finally:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    for batch in options.batches:
+        for context in options.contexts:
+            if context in (options.contexts[0], options.contexts[-1]):
+                measure("decode", "lolcats", batch, context, linear)
+            measure("decode", "softmax", batch, context, softmax_seconds)
+    for batch in options.generation_batches:
+        measure("generation", "lolcats", batch, PROMPT + NEW, linear)
+        measure("generation", "softmax", batch, PROMPT + NEW, softmax_generation)
 
 
 if __name__ == "__main__":

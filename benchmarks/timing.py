@@ -1,9 +1,11 @@
-"""Timing on a GPU without the host: a step is captured in a CUDA graph and replayed."""
+"""Timing on a GPU without the host (a step is captured in a CUDA graph and replayed) and the tables it fills."""
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,3 +51,12 @@ def quantiles(prepare: Callable[[], Callable[[], Any]], calls: int | None = None
     torch.cuda.empty_cache()
     cuts = statistics.quantiles(seconds, n=10)
     return cuts[1], statistics.median(seconds), cuts[7]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write what has been measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -279,7 +279,8 @@ def _fused(
     try:
         reason = _fused_ops().launch.unsupported(q, v, maps, spec)
     except ImportError as error:
-        reason = f"triton must be installed, got {error}"
+        # No triton, or this is the copy beside a saved model, which holds the other forms.
+        reason = f"the fused kernels cannot be imported ({error})"
     tensors = (q, v, *maps.tensors())
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     through_state = state is not None and (state.s.requires_grad or state.z.requires_grad)

@@ -58,7 +58,7 @@ def make(
     heads: int = 2,
     key_heads: int = 1,
     per: str = "query",
-    dim: int = 16,
+    dim: int = 32,
     columns: int = 16,
     window: str = "terraced",
     window_size: int = 16,

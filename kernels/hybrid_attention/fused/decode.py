@@ -35,9 +35,8 @@ from lolcats_kernels.hybrid_attention.state import HybridState
 GROUP_ROWS = 16
 # Sequences whose features one program computes: a map is read once for all of them.
 SEQUENCES = 16
-# Warps of the kernel that streams the state; registers of the other, which rarely folds but always has room for it.
-STATE_WARPS = 8
-WINDOW_REGISTERS: int | None = None
+# Warps of the kernel that streams the state: half as many programs fit with eight.
+STATE_WARPS = 4
 
 
 @triton.jit
@@ -343,7 +342,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: Hybri
         state.length, *passed, batch, spec.scale, spec.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
         G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), C=window, ACT=activation_number,
         FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, N=SEQUENCES,
-        num_warps=4, maxnreg=WINDOW_REGISTERS,
+        num_warps=4,
     )  # fmt: skip
     state_kernel[(state_heads, batch)](
         k, v, state.s, state.z, state.ring_k, state.ring_v, state.length, *passed, y, *of_new, **shape,

@@ -159,15 +159,15 @@ def map_gradient_kernel(
             alpha = tl.load(ALPHA + head)
             scaled = alpha / tl.load(DEN + per_token, mask=inside, other=1.0)
             z_factor = -alpha * tl.load(DELTA + per_token, mask=inside, other=0.0)
-            other = (other.to(tl.float32) * scaled[:, None]).to(x.dtype)
         else:
-            z_factor = tl.full([C], 1.0, tl.float32)
+            scaled = tl.full([C], 1.0, tl.float32)
+            z_factor = scaled
         product = tl.dot(x, w, input_precision="tf32x3")
         if BIASED:
             product += load_bias(B, head, of, FB)[None, :]
         place = ((slot + c) * (HEADS // PER_STATE) + head // PER_STATE) * HALVES * FB
         z = tl.load(STATES_Z + place + of)
-        dp = tl.dot(other, tl.trans(STATES.load([place, 0])), input_precision="tf32x3")
+        dp = tl.dot(other, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") * scaled[:, None]
         dp += z_factor[:, None] * z[None, :]
         p = activation(product, of, ACT, FLOOR, F, FB)
         dx = activation_grad(p, dp, ACT)
@@ -175,7 +175,7 @@ def map_gradient_kernel(
             euler += tl.sum(p * dp, 1)
         if HALVES == 2:
             z = tl.load(STATES_Z + place + FB + of)
-            dp = tl.dot(other, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3")
+            dp = tl.dot(other, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3") * scaled[:, None]
             dp += z_factor[:, None] * z[None, :]
             p = activation(-product, of, ACT, FLOOR, F, FB)
             dx -= activation_grad(p, dp, ACT)

@@ -155,14 +155,14 @@ def reverse_states_kernel(
             g = GRAD.load([row, start + first, h, block * BV]).reshape(C, BV)
             per_token = (row.to(tl.int64) * H + h) * T + start + first + oc
             alpha = tl.load(ALPHA + h)
-            scaled = alpha / tl.load(DEN + per_token, mask=inside, other=1.0)
-            e = -alpha * tl.load(DELTA + per_token, mask=inside, other=0.0)
+            den = tl.load(DEN + per_token, mask=inside, other=1.0)
+            e = -den * tl.load(DELTA + per_token, mask=inside, other=0.0)
             x = tl.dot(q, w, input_precision="tf32x3")
             if BIASED:
                 x += load_bias(B, h, of, FB)[None, :]
-            phi = tl.where(inside[:, None], activation(x * sign, of, ACT, FLOOR, F, FB), 0.0)
-            g = tl.where(inside[:, None], g.to(tl.float32) * scaled[:, None], 0.0).to(q.dtype)
-            phi = tl.trans(phi.to(q.dtype))
+            # Over the denominator here, so that the gradient's tile goes into the product as it is.
+            phi = activation(x * sign, of, ACT, FLOOR, F, FB) * (alpha / den)[:, None]
+            phi = tl.trans(tl.where(inside[:, None], phi, 0.0).to(q.dtype))
             e = tl.broadcast_to(e[:, None], (C, 16)).to(q.dtype)
             s = tl.dot(phi, g, s, input_precision="tf32x3")
             z = tl.dot(phi, e, z, input_precision="tf32x3")
