@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 import triton
 from torch import Tensor
@@ -75,6 +76,17 @@ class FixedLayer(CacheLayerMixin):
         return -1
 
 
+def unmasked(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of one new token over the whole cache: no mask, which transformers would build while capturing."""
+    y = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return y.transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("unmasked", unmasked)
+
+
 def softmax_step(model: LlamaForCausalLM, batch: int, context: int, backend: SDPBackend) -> Callable[[], Tensor]:
     """A decoding step of `batch` sequences that have `context` tokens."""
     shape = (batch, model.config.num_key_value_heads, context, model.config.head_dim)
@@ -85,6 +97,8 @@ def softmax_step(model: LlamaForCausalLM, batch: int, context: int, backend: SDP
     cache = Cache(layers=[FixedLayer(filled(), filled()) for _ in range(model.config.num_hidden_layers)])
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device=model.device)
     positions = torch.full_like(ids, context - 1)
+
+    model.set_attn_implementation("unmasked")
 
     def step() -> Tensor:
         with torch.no_grad(), sdpa_kernel(backend):

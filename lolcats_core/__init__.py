@@ -5,6 +5,7 @@ Importing this package registers the linearized model types with transformers' A
 
 from lolcats_core.cache import HybridCache
 from lolcats_core.config import LinearizeConfig
+from lolcats_core.decode_graph import graphed_decoding
 from lolcats_core.delta import load_delta, save_delta
 from lolcats_core.finetune import low_rank_finetune
 from lolcats_core.modeling import linearize, load_feature_maps, save_feature_maps, supported_architectures
@@ -14,6 +15,7 @@ __all__ = [
     "HybridCache",
     "LinearizeConfig",
     "attention_transfer",
+    "graphed_decoding",
     "linearize",
     "load_delta",
     "load_feature_maps",

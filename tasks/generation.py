@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from lolcats_core import HybridCache, load_delta
+from lolcats_core import HybridCache, graphed_decoding, load_delta
 from lolcats_core.delta import DELTA
 from lolcats_core.errors import UserError
 from lolcats_core.runtime import resolve_device, seed_everything
@@ -61,13 +61,14 @@ class Generator:
 
     def stream(self, ids: torch.Tensor, cache: HybridCache | None = None, skip_prompt: bool = True) -> torch.Tensor:
         """Print the continuation of `ids` [1, T], of which `cache` may have seen a beginning; all ids [1, T + new]."""
-        out: torch.Tensor = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            streamer=TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
-            **self.options,
-        )
+        with graphed_decoding(self.model):
+            out: torch.Tensor = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=cache,
+                streamer=TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
+                **self.options,
+            )
         return out
 
 

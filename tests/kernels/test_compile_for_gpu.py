@@ -20,6 +20,7 @@ KERNELS = {
     "query_gradient_kernel",
     "reverse_states_kernel",
     "key_gradient_kernel",
+    "map_product_kernel",
     "window_kernel",
     "state_kernel",
 }
@@ -40,5 +41,5 @@ def test_every_kernel_compiles_for_hopper(case: str, tmp_path: Path) -> None:
         assert used["registers"] <= 255, (name, used)
     if case == "llama3_8b":
         # What runs most must not spill.
-        for name in ("states_kernel 0", "output_kernel 1", "state_kernel 14"):
+        for name in ("states_kernel 0", "output_kernel 1", "state_kernel 16"):
             assert usage[name]["stack"] == 0, (name, usage[name])

@@ -118,36 +118,33 @@ def query_gradient_kernel(
                 pairs = tl.dot(n, tl.trans(features_n), pairs, input_precision="ieee")
             den += alpha * tl.sum(tl.where(seen, pairs, 0.0), 1)
 
-        # The gradient of a row over its denominator is applied behind the products: so its tile is never in registers.
-        inverse = tl.where(inside, 1.0 / den, 0.0)
-        delta = delta * inverse
+        inverse = 1.0 / den
+        delta = tl.where(inside, delta * inverse, 0.0)
         grad = load_tile(GRAD, row, start + c * C, h, C, DB)
+        g = tl.where(inside[:, None], grad.to(tl.float32) * inverse[:, None], 0.0).to(q.dtype)
         v = load_tile(V, row, start + c * C, hk, C, DB)
+        dq = tl.zeros([C, DB], tl.float32)
         if WINDOW != NO_WINDOW:
             v_previous = load_tile(V, row, start + c * C - C, hk, C, DB)
-            d_own = tl.dot(grad, tl.trans(v), input_precision="tf32x3") * inverse[:, None]
-            own = own * (d_own - delta[:, None])
-            d_previous = tl.dot(grad, tl.trans(v_previous), input_precision="tf32x3") * inverse[:, None]
-            previous = previous * (d_previous - delta[:, None])
+            own = own * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
+            previous = previous * (tl.dot(g, tl.trans(v_previous), input_precision="tf32x3") - delta[:, None])
             total = tl.sum(own, 1) + tl.sum(previous, 1)
             own = tl.where(C + oc[None, :] == argmax[:, None], own - total[:, None], own) * own_slope
             previous = tl.where(oc[None, :] == argmax[:, None], previous - total[:, None], previous) * previous_slope
-            own = own.to(q.dtype)
-            previous = previous.to(q.dtype)
+            dq = tl.dot(own.to(q.dtype), k, dq, input_precision="tf32x3")
+            dq = tl.dot(previous.to(q.dtype), k_previous, dq, input_precision="tf32x3") * scale
             tl.store(TOP + per_token, top, mask=inside)
             tl.store(SUM + per_token, total, mask=inside)
             tl.store(ARGMAX + per_token, argmax, mask=inside)
-        dp = tl.dot(grad, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") * inverse[:, None]
-        dp -= delta[:, None] * zp[None, :]
+        dp = tl.dot(g, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") - delta[:, None] * zp[None, :]
         if HALVES == 2:
             sn = STATES.load([place + FB, 0])
-            dn = tl.dot(grad, tl.trans(sn), input_precision="tf32x3") * inverse[:, None]
-            dn -= delta[:, None] * zn[None, :]
+            dn = tl.dot(g, tl.trans(sn), input_precision="tf32x3") - delta[:, None] * zn[None, :]
         if WINDOW != 0:
             v_linear = v
             if WINDOW == SLIDING:
                 v_linear = v_previous
-            d_pairs = tl.dot(grad, tl.trans(v_linear), input_precision="tf32x3") * inverse[:, None] - delta[:, None]
+            d_pairs = tl.dot(g, tl.trans(v_linear), input_precision="tf32x3") - delta[:, None]
             d_pairs = tl.where(seen, d_pairs, 0.0).to(q.dtype)
             dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
             if HALVES == 2:
@@ -163,11 +160,6 @@ def query_gradient_kernel(
                 db += tl.sum(dx, 0)
             token = DXQ + (row.to(tl.int64) * T + start) * H * F + h * F
             store_tile(token, position, length, H * F, of, dx, F, FB)
-        # Last, so that the largest sum is not in registers while the others are made.
-        dq = tl.zeros([C, DB], tl.float32)
-        if WINDOW != NO_WINDOW:
-            dq = tl.dot(own, k, dq, input_precision="tf32x3")
-            dq = tl.dot(previous, k_previous, dq, input_precision="tf32x3") * scale
         dq = tl.dot(dx.to(q.dtype), tl.trans(wq), dq, input_precision="tf32x3")
         store_tile(DQ + (row.to(tl.int64) * T + start) * H * D + h * D, position, length, H * D, od, dq, D, DB)
         tl.store(DEN + per_token, den, mask=inside)
@@ -229,9 +221,10 @@ def key_gradient_kernel(
                     per_token = (row.to(tl.int64) * H + h) * T + start + position + ahead * C
                     q = load_tile(Q, row, start + c * C + ahead * C, h, C, DB)
                     grad = load_tile(GRAD, row, start + c * C + ahead * C, h, C, DB)
-                    inverse = tl.where(inside, 1.0 / tl.load(DEN + per_token, mask=inside, other=1.0), 0.0)
+                    inverse = 1.0 / tl.load(DEN + per_token, mask=inside, other=1.0)
                     delta = tl.load(DELTA + per_token, mask=inside, other=0.0)
-                    d_weight = tl.dot(v, tl.trans(grad), input_precision="tf32x3") * inverse[None, :] - delta[None, :]
+                    g = tl.where(inside[:, None], grad.to(tl.float32) * inverse[:, None], 0.0).to(q.dtype)
+                    d_weight = tl.dot(v, tl.trans(g), input_precision="tf32x3") - delta[None, :]
                     causal = oc[:, None] <= oc[None, :]
                     if WINDOW != NO_WINDOW:
                         top = tl.load(TOP + per_token, mask=inside, other=0.0)
@@ -245,7 +238,7 @@ def key_gradient_kernel(
                             seen = causal | (ahead == 1)
                         score = tl.where(seen & inside[None, :], score, float("-inf"))
                         weight = gamma * tl.exp2(score - top[None, :])
-                        dv = tl.dot((weight * inverse[None, :]).to(q.dtype), grad, dv, input_precision="tf32x3")
+                        dv = tl.dot(weight.to(q.dtype), g, dv, input_precision="tf32x3")
                         d_score = weight * d_weight
                         at_top = (C - ahead * C + oc)[:, None] == argmax[None, :]
                         d_score = tl.where(at_top, d_score - total[None, :], d_score)
@@ -267,8 +260,8 @@ def key_gradient_kernel(
                             features = activation(-x_query, of, ACT, FLOOR, F, FB).to(q.dtype)
                             pairs = tl.dot(n_pairs, tl.trans(features), pairs, input_precision="ieee")
                             dn_pairs = tl.dot(d_pairs, features, dn_pairs, input_precision="tf32x3")
-                        pairs = tl.where(linear, alpha * pairs * inverse[None, :], 0.0).to(q.dtype)
-                        dv = tl.dot(pairs, grad, dv, input_precision="tf32x3")
+                        pairs = tl.where(linear, alpha * pairs, 0.0).to(q.dtype)
+                        dv = tl.dot(pairs, g, dv, input_precision="tf32x3")
             # The linear part comes after the window, so that its tiles are not held through it.
             x = tl.dot(k, wk, input_precision="tf32x3")
             if BIASED:
@@ -303,3 +296,29 @@ def key_gradient_kernel(
         token = (row.to(tl.int64) * T + start) * HK * D + hk * D
         store_tile(DK + token, position, length, HK * D, od, dk, D, DB)
         store_tile(DV + token, position, length, HK * D, od, dv, D, DB)
+
+
+@triton.jit
+def map_product_kernel(
+    X, DX, DW, T, parts, chunks,
+    HEADS: tl.constexpr, PER_X: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, F: tl.constexpr, FB: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """DW [B parts, heads, D, F]: sum over `chunks` chunks of a row of x^T dx, with DX [B, T, heads, F]."""
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    row = part // parts
+    of = tl.arange(0, FB)
+    od = tl.arange(0, DB)
+    oc = tl.arange(0, C)
+    base = DX + (row.to(tl.int64) * T * HEADS + head) * F
+    dw = tl.zeros([DB, FB], tl.float32)
+    for c in range(0, chunks):
+        token = ((part % parts) * chunks + c) * C
+        x = load_tile(X, row, token, head // PER_X, C, DB)
+        position = token + oc
+        inside = (position < T)[:, None] & (of < F)[None, :]
+        dx = tl.load(base + position.to(tl.int64)[:, None] * (HEADS * F) + of[None, :], mask=inside, other=0.0)
+        dw = tl.dot(tl.trans(x), dx, dw, input_precision="tf32x3")
+    place = (part.to(tl.int64) * HEADS + head) * D * F + od[:, None] * F + of[None, :]
+    tl.store(DW + place, dw, mask=(od < D)[:, None] & (of < F)[None, :])

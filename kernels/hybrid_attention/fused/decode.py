@@ -35,8 +35,8 @@ from lolcats_kernels.hybrid_attention.state import HybridState
 GROUP_ROWS = 16
 # Sequences whose features one program computes: a map is read once for all of them.
 SEQUENCES = 16
-# Warps of the kernel that streams the state: half as many programs fit with eight.
-STATE_WARPS = 4
+# Numbers of the state per warp of the kernel that streams it; with twice as many warps half as many programs fit.
+STATE_PER_WARP = 2048
 
 
 @triton.jit
@@ -344,8 +344,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: Hybri
         FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, N=SEQUENCES,
         num_warps=4,
     )  # fmt: skip
+    warps = min(16, max(4, shape["DB"] * shape["FB"] // STATE_PER_WARP))
     state_kernel[(state_heads, batch)](
         k, v, state.s, state.z, state.ring_k, state.ring_v, state.length, *passed, y, *of_new, **shape,
-        G=max(GROUP_ROWS, triton.next_power_of_2(heads // state_heads)), num_warps=STATE_WARPS,
+        G=max(GROUP_ROWS, triton.next_power_of_2(heads // state_heads)), num_warps=warps,
     )  # fmt: skip
     return y

@@ -15,7 +15,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lolcats_kernels.hybrid_attention.fused.backward import key_gradient_kernel, query_gradient_kernel
+from lolcats_kernels.hybrid_attention.fused.backward import (
+    key_gradient_kernel,
+    map_product_kernel,
+    query_gradient_kernel,
+)
 from lolcats_kernels.hybrid_attention.fused.features import ACTIVATIONS, WINDOWS
 from lolcats_kernels.hybrid_attention.fused.layout import Layout, Sequences
 from lolcats_kernels.hybrid_attention.fused.output import map_gradient_kernel, output_kernel
@@ -360,7 +364,6 @@ def backward(
     )  # fmt: skip
     if not maps:
         return dq, dk, dv, None
-    grouped = call.k if call.state_heads == call.key_heads else _repeat(call.k, call.state_heads)
     euler = euler.sum(0)
     alpha = call.maps.alpha
     assert alpha is not None
@@ -369,8 +372,8 @@ def backward(
         dk,
         dv,
         MapGradients(
-            _map_gradient(call.q, dxq),
-            _map_gradient(grouped, dxk),
+            _map_product(call, call.q, dxq),
+            _map_product(call, call.k, dxk),
             torch.zeros_like(euler) if call.spec.window == "none" else -euler / call.maps.gamma,
             euler / alpha,
             dbq.sum(0) if call.biased else None,
@@ -430,15 +433,18 @@ def _chunks_per_program(call: Call, heads: int) -> int:
     return -(-longest // min(longest, wanted))
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    """[B, T, Hk, D] → [B, T, heads, D], each head next to its copies."""
-    return x.repeat_interleave(heads // x.shape[2], 2)
-
-
-def _map_gradient(x: Tensor, dx: Tensor) -> Tensor:
-    """[heads, D, F] in float32: sum over tokens of x [B, T, heads, D] times dx [B, T, heads, F]."""
-    left, right = (y.flatten(0, 1).transpose(0, 1) for y in (x, dx))
-    return torch.bmm(left.mT, right).float()
+def _map_product(call: Call, x: Tensor, dx: Tensor) -> Tensor:
+    """[heads, D, F] in float32: the sum over tokens of x^T dx, x [B, T, Hx, D] and dx [B, T, heads, F]."""
+    batch, tokens, heads, columns = dx.shape
+    chunks = _chunks_per_program(call, heads)
+    parts = triton.cdiv(triton.cdiv(tokens, call.chunk), chunks)
+    dw = torch.empty(batch * parts, heads, call.dim, columns, dtype=torch.float32, device=x.device)
+    map_product_kernel[(heads, batch * parts)](
+        tiles(x, call.chunk), dx, dw, tokens, parts, chunks, HEADS=heads, PER_X=heads // x.shape[2], D=call.dim,
+        DB=call.padded_dim, F=columns, FB=call.padded_columns, C=call.chunk, num_warps=_warps(call),
+        num_stages=_stages(call),
+    )  # fmt: skip
+    return dw.sum(0)
 
 
 def _stages(call: Call) -> int:
