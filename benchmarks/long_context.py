@@ -3,10 +3,10 @@
     python -m benchmarks.long_context                              # a small model, some minutes on a CPU
     python -m benchmarks.long_context --hidden 4096 --layers 4 --heads 32 --kv-heads 8 --dtype bfloat16 --device cuda
 
-Decoding is compared with the full pass first; a wrong result ends the run before anything is measured. Each row comes
-from a process of its own: `peak_mib` is what it held at most beyond the model and a first short pass, on a CPU the
-resident set (so with the allocator's slack), on CUDA the allocated bytes. The ratios are to the row before: linear
-prefill takes `tokens_ratio` times the seconds and the memory; decoding's peak and `cache_mib` do not grow with tokens.
+Decoding is compared with the full pass first; a wrong result ends the run before anything is measured. `peak_mib` is
+the most bytes that tensors held at once beyond the model: on CUDA what was allocated, on a CPU every storage counted
+from its making to its end, in a run of its own. The ratios are to the row before: linear prefill takes `tokens_ratio`
+times the seconds and the memory; decoding's peak and `cache_mib` do not grow with tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import json
 import logging
 import multiprocessing
 import time
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lolcats_core.cache import HybridCache
@@ -110,33 +114,57 @@ def measure(kind: str, tokens: int, shape: Shape) -> dict[str, Any]:
         return cache
 
     run(4 * shape.window_size)
-    before, _ = _memory(model.device, reset=True)
+    peak = peak_bytes(lambda: run(tokens), model.device)
     start = time.perf_counter()
     cache = run(tokens)
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     seconds = time.perf_counter() - start
-    _, peak = _memory(model.device)
     return {
         "kind": kind,
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(shape.batch * tokens / seconds, 1),
-        "peak_mib": round((peak - before) / MIB, 2),
+        "peak_mib": round(peak / MIB, 4),
         "cache_mib": round((cache.state_bytes() + cache.softmax_bytes()) / MIB, 4),
     }
 
 
-def _memory(device: torch.device, reset: bool = False) -> tuple[int, int]:
-    """Bytes held now and at most since the last reset (the process's start on a CPU)."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._end, storage._cdata, storage.nbytes())
+        return out
+
+    def _end(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes of tensors that `run` held at once beyond what was there before."""
     if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    # Of this process alone: what getrusage gives survives exec and so contains the parent's.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    now, most = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, most
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes() as live:
+        run()
+    return live.most
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -32,7 +32,10 @@ def test_the_cache_does_not_grow_with_decoded_or_prefilled_tokens() -> None:
         ("prefill", 160),
     ]
     assert len({row["cache_mib"] for row in rows}) == 1
-    assert all(row["peak_mib"] >= 0 for row in rows)
+    # Decoding holds the same bytes at most, however long it goes on; prefill's grow with the tokens.
+    decode, more, prefill, longer = (row["peak_mib"] for row in rows)
+    assert decode == more > 0
+    assert longer > 2 * prefill
 
 
 def test_ratios_are_to_the_row_before_of_the_same_kind() -> None:
