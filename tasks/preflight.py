@@ -29,9 +29,10 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     longest = {
         "data.sequence_length": params.data.sequence_length,
         "evaluate.recall_gaps (twice the largest)": 2 * max(params.evaluate.recall_gaps, default=0),
+        "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0),
     }
     for name, length in longest.items():
         if pin.context is not None and length > pin.context:
             raise UserError(f"`{name}` must be at most the teacher's context of {pin.context} tokens, got {length}")
-    for task in params.evaluate.tasks:
+    for task in (*params.evaluate.tasks, *params.evaluate.num_fewshot):
         task_folder(task, ())

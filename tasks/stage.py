@@ -34,6 +34,7 @@ from tasks.tracking import Run, device_tags, finite, first_line
 
 logger = logging.getLogger(__name__)
 FLOW_VARIABLE = "LOLCATS_FLOW_PID"
+RESULTS_VARIABLE = "LOLCATS_RESULTS"
 STATE = "run.json"
 ERROR = "error.txt"
 
@@ -49,6 +50,8 @@ class Stage:
         self.name, self.root, self.params = name, root, params
         self.out, self.scratch = out, scratch
         self._run = run
+        # Measurements that outlive the stage; a worktree shares those of the checkout that it hangs from.
+        self.results = Path(os.environ.get(RESULTS_VARIABLE) or root / ".scratch" / "results")
 
     def input(self, stage: str) -> Path:
         """The output directory of an earlier stage.
@@ -68,6 +71,10 @@ class Stage:
     def log_figure(self, name: str, figure: Any) -> None:
         """Log a matplotlib figure to MLflow under a file name such as ``loss.png``."""
         _without_failing(f"figure {name}", self._run.log_figure, name, figure)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Log a text, such as a report, to MLflow under a file name."""
+        _without_failing(name, self._run.log_text, text, name)
 
     def log_dataset(
         self, name: str, source: str, digest: str, context: str, profile: dict[str, Any] | None = None

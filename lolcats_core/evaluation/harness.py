@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import io
 import json
 import logging
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.recall import mean_and_stderr
-from lolcats_core.files import sha256_json
 from lolcats_core.progress import Progress, progress
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def run_lm_eval(
     return {name: _result(name, leaves, dict(answer)) for name, leaves in groups.items()}
 
 
-def task_hash(name: str, *, task_dirs: Sequence[Path] = ()) -> str:
+def task_hash(name: str, *, num_fewshot: int | None = None, task_dirs: Sequence[Path] = ()) -> str:
     """SHA-256 of a task's (or group's) definitions and documents, before any model has answered.
 
     Raises:
@@ -158,12 +158,15 @@ def task_hash(name: str, *, task_dirs: Sequence[Path] = ()) -> str:
     with _quiet():
         manager = TaskManager(include_defaults=False, include_path=[str(task_folder(name, task_dirs))])
         leaves = _leaves(manager, name)
-    parts = {}
-    for leaf, task in leaves.items():
-        config = {key: value for key, value in task.dump_config().items() if key not in ("dataset_kwargs", "metadata")}
-        fingerprints = {split: str(data._fingerprint) for split, data in (task.dataset or {}).items()}
-        parts[leaf] = {"config": json.dumps(config, sort_keys=True, default=str), "documents": fingerprints}
-    return sha256_json({**parts, "lm_eval": lm_eval_version()})
+        digest = hashlib.sha256(f"{lm_eval_version()} {num_fewshot}".encode())
+        for leaf, task in sorted(leaves.items()):
+            # Where the documents lie is no part of what they are.
+            config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}
+            digest.update(f"{leaf} {json.dumps(config, sort_keys=True, default=str)}".encode())
+            sources = [task.eval_docs] + ([task.fewshot_docs()] if num_fewshot else [])
+            for doc in (doc for source in sources for doc in source):
+                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _leaves(manager: Any, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lolcats_core.training import Rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TASK_FILE = Path(__file__).parent / "lm_eval_tasks" / "synthetic.yaml"
+TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
 DEPTHS = (0.1, 0.5, 0.9)
 # The copy begins with words that say where it is; none of them is asked for.
 COPY_LEAD = 4
@@ -90,7 +90,7 @@ def write_task(task: str, items: Sequence[SyntheticItem], items_file: Path, task
     lines = (json.dumps(asdict(item), ensure_ascii=False, sort_keys=True) for item in items)
     write_text(items_file, "\n".join(lines) + "\n")
     definition = {
-        "include": str(TASK_FILE),
+        "include": str(TASK_FILES / f"{task}.yaml"),
         "task": task,
         "dataset_kwargs": {
             "data_files": {"test": str(items_file.resolve())},
