@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -190,7 +191,7 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
             stage = Stage(name, root, params, out, scratch, tracked)
             metrics = finite(run(stage), name)
             seconds = earlier + time.monotonic() - started
-            metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds}
+            metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds, **_peaks()}
             write_json(out / "metrics.json", metrics)
             write_json(out / "run.json", {"run_id": tracked.id, "stage": name, "key": key})
         tracked.log_metrics({f"final/{k}": v for k, v in metrics.items()})
@@ -206,6 +207,17 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
         tracked.finish()
         shutil.rmtree(scratch.parent, ignore_errors=True)
     logger.info("%s: done in %.0f s", name, metrics["stage_seconds"])
+
+
+def _peaks() -> dict[str, float]:
+    """Most memory that this process and, where there is one, its GPU held."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    return peaks
 
 
 @contextlib.contextmanager
