@@ -248,6 +248,25 @@ def register_command() -> None:
 
 @app.command()
 @_one_line_errors
+def compare(
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A version (3, candidate, name@alias), current, or a directory.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="As A; the champion by default.")] = "champion",
+) -> None:
+    """Put two evaluated students side by side; tasks are paired item by item, so that noise shows as noise."""
+    setup_logging(logging.WARNING)
+    root = find_root()
+    from lolcats_core.params import load_params
+    from tasks.compare import compare as put_beside
+    from tasks.compare import load, show
+
+    name = load_params(root / "params.yaml").register.name
+    show(put_beside(load(root, name, first), load(root, name, second)))
+
+
+@app.command()
+@_one_line_errors
 def ablate(
     preset: Preset = None,
     set: Overrides = None,

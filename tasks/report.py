@@ -14,7 +14,7 @@ from lolcats_core.files import write_text
 from tasks import report_figures as figures
 from tasks.evaluation_figures import perplexity_figure, recall_figure
 from tasks.figures import layer_figure, loss_figure
-from tasks.report_html import Facts, page
+from tasks.report_html import STEPS, Facts, page
 from tasks.stage import Stage, main
 
 STAGES = ("teacher", "prepare", "transfer", "finetune", "evaluate")
@@ -70,7 +70,10 @@ def draw(
 ) -> dict[str, Figure]:
     """Every figure that the results allow, by name, in the report's order."""
     evaluation = facts.evaluation
-    drawn: dict[str, Figure | None] = {"perplexity": perplexity_figure(evaluation["perplexity"])}
+    perplexity = evaluation["perplexity"]
+    drawn: dict[str, Figure | None] = {
+        "perplexity": perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
+    }
     if any(evaluation["recall"].values()):
         drawn["recall"] = recall_figure(evaluation["recall"])
     drawn["recovery"] = figures.recovery_figure(evaluation["tasks"])

@@ -163,7 +163,7 @@ def _recall(evaluation: Mapping[str, Any]) -> str:
     recall = evaluation["recall"]
     rows = [
         (f"copying at gap {gap}", *(_measured(recall[step][gap]) for step in MODELS))
-        for gap in recall.get("teacher", {})
+        for gap in sorted(recall.get("teacher", {}), key=int)
     ]
     return table(("measure", "teacher", "student"), rows) if rows else ""
 

@@ -42,14 +42,17 @@ def branch_off(student: nn.Module, branch: Branch, layers: Sequence[int] | None 
     for layer in attention_layers(student):
         maps = getattr(layer, "feature_maps", None)
         if maps is not None and (layers is None or layer.layer_idx in layers):
-            changed.append(maps)
+            changed.append((maps, vars(maps).get("operands")))
             # An attribute of the instance goes before the method of its class.
             maps.operands = _without(maps.operands, branch)
     try:
         yield
     finally:
-        for maps in changed:
-            del maps.operands
+        for maps, outer in changed:
+            if outer is None:
+                del maps.operands
+            else:
+                maps.operands = outer
 
 
 def _without(operands: Callable[[], Any], branch: Branch) -> Callable[[], Any]:

@@ -29,7 +29,7 @@ def model_hash(model: nn.Module) -> str:
     """
     config = getattr(model, "config", None)
     values = config.to_dict() if config is not None else {}
-    for name in ("_name_or_path", "auto_map", "architectures", "transformers_version"):
+    for name in ("_name_or_path", "auto_map", "architectures", "transformers_version", "dtype", "torch_dtype"):
         values.pop(name, None)
     digest = hashlib.sha256(type(model).__name__.encode())
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())
