@@ -19,7 +19,7 @@ from lolcats_core import linearize, load_feature_maps
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
-from lolcats_core.evaluation.harness import lm_eval_version, run_lm_eval, task_hash
+from lolcats_core.evaluation.harness import run_lm_eval, task_hash
 from lolcats_core.evaluation.perplexity import bigram_perplexity, perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import ResultCache, model_hash
@@ -87,6 +87,8 @@ class Measurements:
         data = stage.input("prepare")
         self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
         self.tokenizer = load_tokenizer(stage.input("teacher"))
+        # At once: lm-eval gives a tokenizer without one a padding token.
+        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.cache = ResultCache(stage.results)
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
@@ -174,7 +176,7 @@ class Measurements:
                 found = position.loss_by_position(self.models.get(step), batch, on_rows=bar.update)
             return {"rows": count, "length": tokens, "ranges": found}
 
-        return self.cached(step, "positions", {"length": length, "rows": self.params.long_rows}, measure)
+        return self.cached(step, "positions", {"length": length, "count": self.params.long_rows}, measure)
 
     def task(self, step: str, name: str) -> dict[str, Any]:
         """One lm-eval task on one model, with every item's answer."""
@@ -203,15 +205,9 @@ class Measurements:
         def look_up() -> dict[str, Any]:
             task = self.kept(f"task-hash-{name}", find_hash)
             key = {"model": self.models.hash(step), "task": task["hash"], "limit": limit, "num_fewshot": fewshot}
-            return self.cache.get(f"task-{name}", {**key, "tokenizer": self.tokenizer_hash()}, measure)
+            return self.cache.get(f"task-{name}", {**key, "tokenizer": self.tokenizer_hash}, measure)
 
         return self.kept(f"task-{name}-{step}", look_up)
-
-    def tokenizer_hash(self) -> str:
-        """What the tokenizer makes of text; a model's hash does not know it."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        return sha256_json([text, self.tokenizer.special_tokens_map, lm_eval_version()])
 
     def writing(self, step: str) -> dict[str, Any]:
         """Greedy continuations of the first rows, and what they cost; measured anew on every machine."""
@@ -249,7 +245,8 @@ class Measurements:
             off = audit.ablations(model, rows, batch_size=self.params.batch_size, max_rows=count)
             return {**off, "linear_mass": audit.linear_mass(model, rows, count)}
 
-        return self.cached(step, "audit", {"rows": count}, measure)
+        # By step: the same model is asked different things at different steps.
+        return self.cached(step, "audit", {"count": count, "step": step}, measure)
 
     def write_items(self) -> None:
         """Make the items of the project's own tasks, for lm-eval and beside the results."""
@@ -276,3 +273,12 @@ def begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The beginning-of-sequence token, for tokenizers that put one before every text."""
     first = tokenizer("a")["input_ids"][:1]
     return tuple(first) if first == [tokenizer.bos_token_id] else ()
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer makes of text; a model's hash does not know it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    definition = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    # How the last call padded and cut is no part of what it is.
+    settings = {key: value for key, value in definition.items() if key not in ("padding", "truncation")}
+    return sha256_json([settings, tokenizer.special_tokens_map])

@@ -58,7 +58,7 @@ def recovery_figure(tasks: Mapping[str, Mapping[str, Any]]) -> Figure | None:
         recovered = task.get("recovery") or {}
         key = "chance_corrected" if recovered.get("chance_corrected") is not None else "value"
         interval = "chance_corrected_interval" if key == "chance_corrected" else "interval"
-        if recovered.get(key) is not None:
+        if recovered.get(key) is not None and recovered[interval] is not None:
             found[f"{name}\n{key.replace('_', ' ')}"] = (recovered[key], recovered[interval])
     if not found:
         return None

@@ -160,8 +160,10 @@ def task_hash(name: str, *, num_fewshot: int | None = None, task_dirs: Sequence[
         leaves = _leaves(manager, name)
         digest = hashlib.sha256(f"{lm_eval_version()} {num_fewshot}".encode())
         for leaf, task in sorted(leaves.items()):
-            # Where the documents lie is no part of what they are.
-            config = {key: value for key, value in task.dump_config().items() if key != "dataset_kwargs"}
+            # Where the definition and its documents lie is no part of what they are.
+            places = ("dataset_kwargs", "metadata")
+            config = {key: value for key, value in task.dump_config().items() if key not in places}
+            config["version"] = str(task.VERSION)
             digest.update(f"{leaf} {json.dumps(config, sort_keys=True, default=str)}".encode())
             sources = [task.eval_docs] + ([task.fewshot_docs()] if num_fewshot else [])
             for doc in (doc for source in sources for doc in source):

@@ -65,8 +65,10 @@ def recovery(teacher: Sequence[float], student: Sequence[float], chance: float |
     before, after = scores.mean(1)
     means = _resampled_means(scores)
     result: dict[str, Any] = {"value": None, "interval": None}
-    if before > 0 and means[:, 0].min() > 0:
-        result = {"value": after / before, "interval": _interval(means[:, 1] / means[:, 0])}
+    if before > 0:
+        # With few items some resamples have a teacher that knows nothing, and no quotient.
+        spread = means[:, 1] / means[:, 0] if means[:, 0].min() > 0 else None
+        result = {"value": after / before, "interval": None if spread is None else _interval(spread)}
     if chance is None:
         return result
     result |= {"chance": chance, "chance_corrected": None, "chance_corrected_interval": None}

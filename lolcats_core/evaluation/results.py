@@ -47,7 +47,16 @@ def model_hash(model: nn.Module) -> str:
 def code_hash() -> str:
     """SHA-256 of the code that linearized layers run."""
     files = [PROJECT / "lolcats_core" / f"{name}.py" for name in MODEL_CODE]
-    files += sorted((PROJECT / "kernels").rglob("*.py"))
+    return _hash([*files, *(PROJECT / "kernels").rglob("*.py")])
+
+
+@cache
+def measure_hash() -> str:
+    """SHA-256 of the code that measures."""
+    return _hash(list(Path(__file__).parent.rglob("*.py")))
+
+
+def _hash(files: list[Path]) -> str:
     return sha256_json({file.relative_to(PROJECT).as_posix(): sha256_file(file) for file in files if file.is_file()})
 
 
@@ -61,9 +70,9 @@ class ResultCache:
         """The kept result, or that of `measure`, which is then kept. A damaged file counts as none.
 
         Args:
-            key: plain values; whatever the result depends on.
+            key: plain values; whatever the result depends on besides the code that measures.
         """
-        file = self.folder / f"{name}-{sha256_json(dict(key))[:24]}.json"
+        file = self.folder / f"{name}-{sha256_json({**key, 'code': measure_hash()})[:24]}.json"
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
