@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -201,7 +202,7 @@ def _audit(audit: Mapping[str, Any]) -> str:
         means = [audit[name].get(layer) for name in ("linear_mass", "head_errors", "entropy")]
         shown = [number(sum(values) / len(values)) if values else "" for values in means]
         entropy = means[2]
-        keys = number(sum(2.718281828459045**value for value in entropy) / len(entropy)) if entropy else ""
+        keys = number(sum(map(math.exp, entropy)) / len(entropy)) if entropy else ""
         layers.append((layer, number(entry.get("linear_off")), number(entry.get("softmax_off")), *shown, keys))
     header = (
         "layer",
