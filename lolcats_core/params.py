@@ -169,7 +169,14 @@ class FinetuneParams(TrainingParams):
 
 @dataclass(frozen=True)
 class EvaluateParams:
-    """`tasks`: lm-eval tasks by name (the project's own: code_continuation). `task_limit`: items per task."""
+    """What teacher and student are measured on.
+
+    `tasks`: lm-eval tasks by name (the project's own: code_continuation, and copy, mqar, passkey, needle with
+    `synthetic_samples` items of each of `synthetic_lengths` tokens and three depths). `task_limit`: items per task.
+    `num_fewshot`: examples before each question by task; otherwise what the task says. `long_rows`: rows of four times
+    the training length whose loss is taken by position. `audit_rows`: rows that the branches are switched off on. Each
+    of `long_rows`, `generation_prompts` and `audit_rows` may be 0.
+    """
 
     batch_size: int = 8
     max_perplexity_rows: int | None = None
@@ -177,12 +184,23 @@ class EvaluateParams:
     recall_samples: int = 32
     tasks: tuple[str, ...] = ("code_continuation",)
     task_limit: int | None = None
-    num_fewshot: int | None = None
+    num_fewshot: Mapping[str, int] = field(default_factory=dict, hash=False)
+    synthetic_lengths: tuple[int, ...] = (256, 1024)
+    synthetic_samples: int = 8
+    long_rows: int = 8
+    generation_prompts: int = 16
+    generation_tokens: int = 128
+    audit_rows: int = 8
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "`batch_size` must be at least 1", self.batch_size)
         _require(self.recall_samples >= 1, "`recall_samples` must be at least 1", self.recall_samples)
         _require(all(gap >= 8 for gap in self.recall_gaps), "`recall_gaps` must each be at least 8", self.recall_gaps)
+        for name in ("synthetic_samples", "generation_tokens"):
+            _require(getattr(self, name) >= 1, f"`{name}` must be at least 1", getattr(self, name))
+        for name in ("long_rows", "generation_prompts", "audit_rows"):
+            _require(getattr(self, name) >= 0, f"`{name}` must be at least 0", getattr(self, name))
+        _require(all(n >= 0 for n in self.num_fewshot.values()), "`num_fewshot` must be at least 0", self.num_fewshot)
         for name in ("max_perplexity_rows", "task_limit"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)

@@ -248,6 +248,60 @@ def register_command() -> None:
 
 @app.command()
 @_one_line_errors
+def compare(
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A version (3, candidate, name@alias), current, or a directory.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="As A; the champion by default.")] = "champion",
+) -> None:
+    """Put two evaluated students side by side; tasks are paired item by item, so that noise shows as noise."""
+    setup_logging(logging.WARNING)
+    root = find_root()
+    from lolcats_core.params import load_params
+    from tasks.compare import compare as put_beside
+    from tasks.compare import load, show
+
+    name = load_params(root / "params.yaml").register.name
+    show(put_beside(load(root, name, first), load(root, name, second)))
+
+
+@app.command()
+@_one_line_errors
+def ablate(
+    preset: Preset = None,
+    set: Overrides = None,
+    section: Annotated[
+        list[str] | None,
+        typer.Option(help="grid, lora_rank, projections, window_size, transfer_steps, softmax_layers; all by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each stage of each row.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    eval_rows: Annotated[int, typer.Option(min=1, help="Validation rows that perplexity is measured on.")] = 12,
+) -> None:
+    """Run the paper's ablation on the project's teacher and say whether its ordering holds; continues where it was.
+
+    An hour on two cores for the demo's teacher. A larger one needs a GPU and more --steps.
+    """
+    setup_logging()
+    root = find_root()
+    from lolcats_core.ablation import SECTIONS, Budget
+    from lolcats_core.params import load_params
+    from tasks import experiment
+    from tasks.ablate import ablate as run_rows
+    from tasks.ablate import markdown
+
+    budget, values = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows), _parse_overrides(set)
+    if preset or values:
+        chosen = experiment.prepare(root, preset, values)
+        work, params, environment = chosen.root, chosen.params, chosen.environment
+    else:
+        work, params, environment = root, load_params(root / "params.yaml"), {}
+    report = run_rows(work, params, budget, section or SECTIONS, environment, store=root)
+    print(f"\n{markdown(report)}\nWritten to reports/ablation.md and reports/ablation.json.")
+
+
+@app.command()
+@_one_line_errors
 def doctor(preset: Preset = None, set: Overrides = None) -> None:
     """Say what a run will need (memory, disk, time, access) and what is missing; exit code 1 if something is."""
     setup_logging(logging.WARNING)

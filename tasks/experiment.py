@@ -21,6 +21,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.files import sha256_json, write_text
 from lolcats_core.params import Params, apply_overrides, params_from_dict, read_preset, read_yaml
 from tasks import graph
+from tasks.stage import RESULTS_VARIABLE
 from tasks.tracking import git_state, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def _environment(root: Path, worktree: Path) -> dict[str, str]:
     return {
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
         "MLFLOW_TRACKING_URI": tracking_uri(root),
+        RESULTS_VARIABLE: str(root / ".scratch" / "results"),
     }
 
 

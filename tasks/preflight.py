@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from lolcats_core.errors import UserError
+from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.finetune import check_target_modules
 from lolcats_core.modeling import empty_student
@@ -26,12 +27,14 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     config = AutoConfig.from_pretrained(locate(pin, root), trust_remote_code=pin.trust_remote_code)
     with torch.device("meta"):
         check_target_modules(empty_student(config, params.linearize), params.finetune)
+    own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,
         "evaluate.recall_gaps (twice the largest)": 2 * max(params.evaluate.recall_gaps, default=0),
+        "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0) if own else 0,
     }
     for name, length in longest.items():
         if pin.context is not None and length > pin.context:
             raise UserError(f"`{name}` must be at most the teacher's context of {pin.context} tokens, got {length}")
-    for task in params.evaluate.tasks:
+    for task in (*params.evaluate.tasks, *params.evaluate.num_fewshot):
         task_folder(task, ())

@@ -25,11 +25,13 @@ from tasks.tracking import EXPERIMENT, Run, connect, device_tags, experiment_id,
 logger = logging.getLogger(__name__)
 REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyyaml", "triton")
 MODEL = "outputs/finetune/model"
-# What a version keeps: the model and what `lolcats export` needs besides.
+# What a version keeps: the model and what `lolcats export` and `lolcats compare` need besides.
 ARTIFACTS = {
     "model": Path(MODEL),
     "adapter": Path("outputs/finetune/adapter"),
     "evaluation": Path("outputs/evaluate/evaluation.json"),
+    "samples": Path("outputs/evaluate/samples"),
+    "report": Path("outputs/report/report.html"),
     "teacher": Path("outputs/teacher/teacher.json"),
     "params": Path("params.yaml"),
 }

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -34,6 +35,7 @@ from tasks.tracking import Run, device_tags, finite, first_line
 
 logger = logging.getLogger(__name__)
 FLOW_VARIABLE = "LOLCATS_FLOW_PID"
+RESULTS_VARIABLE = "LOLCATS_RESULTS"
 STATE = "run.json"
 ERROR = "error.txt"
 
@@ -49,6 +51,8 @@ class Stage:
         self.name, self.root, self.params = name, root, params
         self.out, self.scratch = out, scratch
         self._run = run
+        # Measurements that outlive the stage; a worktree shares those of the checkout that it hangs from.
+        self.results = Path(os.environ.get(RESULTS_VARIABLE) or root / ".scratch" / "results")
 
     def input(self, stage: str) -> Path:
         """The output directory of an earlier stage.
@@ -68,6 +72,10 @@ class Stage:
     def log_figure(self, name: str, figure: Any) -> None:
         """Log a matplotlib figure to MLflow under a file name such as ``loss.png``."""
         _without_failing(f"figure {name}", self._run.log_figure, name, figure)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Log a text, such as a report, to MLflow under a file name."""
+        _without_failing(name, self._run.log_text, text, name)
 
     def log_dataset(
         self, name: str, source: str, digest: str, context: str, profile: dict[str, Any] | None = None
@@ -183,7 +191,7 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
             stage = Stage(name, root, params, out, scratch, tracked)
             metrics = finite(run(stage), name)
             seconds = earlier + time.monotonic() - started
-            metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds}
+            metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds, **_peaks()}
             write_json(out / "metrics.json", metrics)
             write_json(out / "run.json", {"run_id": tracked.id, "stage": name, "key": key})
         tracked.log_metrics({f"final/{k}": v for k, v in metrics.items()})
@@ -199,6 +207,17 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
         tracked.finish()
         shutil.rmtree(scratch.parent, ignore_errors=True)
     logger.info("%s: done in %.0f s", name, metrics["stage_seconds"])
+
+
+def _peaks() -> dict[str, float]:
+    """Most memory that this process and, where there is one, its GPU held."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    return peaks
 
 
 @contextlib.contextmanager

@@ -120,7 +120,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         rows.append(("perplexity, bigram model for scale", _number(perplexity["bigram"]), "", ""))
     recall = summary["recall"]
     student = recall.get("finetuned") or {}
-    for gap, result in (recall.get("teacher") or {}).items():
+    for gap, result in sorted((recall.get("teacher") or {}).items(), key=lambda entry: int(entry[0])):
         rows.append((f"copying recall at gap {gap}", _measured(result), _measured(student.get(gap)), ""))
     for task, result in summary["tasks"].items():
         label = f"{task} ({result.get('metric', 'acc')}, {result.get('items', '?')} items)"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import io
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 
 # The metric by which results are published: length-normalised accuracy where the options are sentences.
 PRIMARY = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "code_continuation": "acc_norm"}
+# Longest text of an answer or a target in a sample log.
+KEPT_CHARACTERS = 400
 OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
-_DEFINED = re.compile(r"""^(?:task|group|tag):[ \t]*['"]?([\w.+-]+)['"]?[ \t]*$""", re.MULTILINE)
+_DEFINED = re.compile(r"""^['"]?(?:task|group|tag)['"]?:[ \t]*['"]?([\w.+-]+)['"]?[ \t]*$""", re.MULTILINE)
 _TAG_LIST = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[^\n]*\n?)+)", re.MULTILINE)
 _TAG = re.compile(r"""-[ \t]*['"]?([\w.+-]+)""")
 
@@ -32,15 +37,21 @@ class TaskResult:
 
     Attributes:
         metric: the primary metric, such as ``acc``; `value` and `stderr` are its mean and standard error.
+        higher_is_better: false for perplexities.
+        chance: what guessing reaches, from the number of options of each item; 0 where an answer is generated; None
+            for metrics without such a floor (perplexities).
         metrics: every metric that lm-eval reports, by name.
         version: the task definition's version.
         hash: of the items, prompts and targets, as lm-eval hashes them; equal hashes were the same questions.
-        samples: per item its ``id`` and the primary metric's ``score`` (1.0 right, 0.0 wrong, for accuracies); empty
-            where the metric has no score per item.
+        samples: per item its ``id``, ``target``, ``responses`` (log-likelihoods, or the text), lm-eval's hash of the
+            ``prompt``, and the primary metric's ``score`` (1.0 right, 0.0 wrong, for accuracies), or for a perplexity
+            the ``loss`` in nats over ``weight`` units. Items of our own tasks carry their ``length`` and ``depth``.
     """
 
     name: str
     metric: str
+    higher_is_better: bool
+    chance: float | None
     value: float
     stderr: float
     items: int
@@ -71,6 +82,7 @@ def run_lm_eval(
     batch_size: int = 8,
     task_dirs: Sequence[Path] = (),
     label: str = "lm-eval",
+    answers: Path | None = None,
 ) -> dict[str, TaskResult]:
     """Run lm-eval tasks on a model that is already loaded.
 
@@ -83,6 +95,7 @@ def run_lm_eval(
         num_fewshot: examples before each question; by default what the task says.
         task_dirs: folders of further task definitions.
         label: what the progress shown calls this run.
+        answers: a database of answered requests, of this very model: a run that was cut short asks only what is left.
 
     Raises:
         UserError: a task is unknown (the nearest name is given), or its data cannot be loaded.
@@ -108,13 +121,9 @@ def run_lm_eval(
     training = model.training
     with _quiet():
         manager = TaskManager(include_defaults=False, include_path=[str(path) for path in paths])
-        try:
-            groups = {name: _leaves(manager, name) for name in tasks}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"lm-eval: the data of {', '.join(tasks)} cannot be loaded ({_one_line(error)}); connect to the "
-                "network, or leave the task out of `evaluate.tasks`"
-            ) from error
+        groups = {name: _leaves(manager, name) for name in tasks}
+        if answers is not None:
+            answers.parent.mkdir(parents=True, exist_ok=True)
         wrapped = Measured(
             pretrained=model,
             tokenizer=tokenizer,
@@ -130,59 +139,125 @@ def run_lm_eval(
                 limit=limit,
                 task_manager=manager,
                 bootstrap_iters=1000,
+                use_cache=None if answers is None else str(answers),
             )
         finally:
             model.train(training)
     assert answer is not None
-    return {name: _result(name, list(leaves), dict(answer)) for name, leaves in groups.items()}
+    return {name: _result(name, leaves, dict(answer)) for name, leaves in groups.items()}
+
+
+def task_hash(name: str, *, num_fewshot: int | None = None, task_dirs: Sequence[Path] = ()) -> str:
+    """SHA-256 of a task's (or group's) definitions and documents, before any model has answered.
+
+    Raises:
+        UserError: as `run_lm_eval`.
+    """
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        manager = TaskManager(include_defaults=False, include_path=[str(task_folder(name, task_dirs))])
+        leaves = _leaves(manager, name)
+        digest = hashlib.sha256(f"{lm_eval_version()} {num_fewshot}".encode())
+        for leaf, task in sorted(leaves.items()):
+            # Where the definition and its documents lie is no part of what they are.
+            places = ("dataset_kwargs", "metadata")
+            config = {key: value for key, value in task.dump_config().items() if key not in places}
+            config["version"] = str(task.VERSION)
+            digest.update(f"{leaf} {json.dumps(config, sort_keys=True, default=str)}".encode())
+            sources = [task.eval_docs] + ([task.fewshot_docs()] if num_fewshot else [])
+            for doc in (doc for source in sources for doc in source):
+                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def _leaves(manager: Any, name: str) -> dict[str, Any]:
     """The tasks behind a name, loaded: itself, or the members of a group or tag."""
-    return dict(manager.load([name])["tasks"])
+    try:
+        return dict(manager.load([name])["tasks"])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"lm-eval: the data of {name} cannot be loaded ({_one_line(error)}); connect to the network, or leave the "
+            "task out of `evaluate.tasks`"
+        ) from error
 
 
-def _result(name: str, leaves: list[str], answer: dict[str, Any]) -> TaskResult:
-    reported = {leaf: _metrics(answer["results"][leaf]) for leaf in leaves}
-    common = [metric for metric in reported[leaves[0]] if all(metric in values for values in reported.values())]
+def _result(name: str, leaves: dict[str, Any], answer: dict[str, Any]) -> TaskResult:
+    names = list(leaves)
+    reported = {leaf: _metrics(answer["results"][leaf]) for leaf in names}
+    common = [metric for metric in reported[names[0]] if all(metric in values for values in reported.values())]
     metric = PRIMARY.get(name, "acc")
     if metric not in common:
         if not common:
             raise UserError(f"lm-eval: the tasks of {name} share no metric; name the tasks one by one")
         metric = common[0]
     samples, pieces = [], []
-    for leaf in leaves:
+    for leaf in names:
         first_filter = answer["samples"][leaf][0]["filter"]
         for sample in answer["samples"][leaf]:
-            if sample["filter"] != first_filter:
-                continue
-            pieces.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
-            samples.append(
-                {"id": f"{leaf}/{sample['doc_id']}" if len(leaves) > 1 else sample["doc_id"], "score": sample[metric]}
-            )
+            if sample["filter"] == first_filter:
+                pieces.append(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"])
+                samples.append(_sample(sample, metric, leaf if len(names) > 1 else None))
     from lm_eval.utils import hash_string
 
-    if all(isinstance(sample["score"], int | float) for sample in samples):
-        samples = [{**sample, "score": float(sample["score"])} for sample in samples]
+    if all("score" in sample for sample in samples):
         value, stderr = mean_and_stderr([sample["score"] for sample in samples])
-    elif len(leaves) == 1:
-        value, stderr = reported[leaves[0]][metric], answer["results"][leaves[0]].get(f"{metric}_stderr,none", 0.0)
+    elif len(names) == 1:
+        value, stderr = reported[names[0]][metric], answer["results"][names[0]].get(f"{metric}_stderr,none", 0.0)
         stderr = float(stderr) if isinstance(stderr, int | float) else 0.0
-        samples = [{"id": sample["id"]} for sample in samples]
     else:
         raise UserError(f"lm-eval: {metric} of the group {name} cannot be pooled; name its tasks one by one")
-    versions = {str(answer["versions"].get(leaf)) for leaf in leaves}
+    versions = {str(answer["versions"].get(leaf)) for leaf in names}
     return TaskResult(
         name=name,
         metric=metric,
+        higher_is_better=bool(answer["higher_is_better"][names[0]].get(metric, True)),
+        chance=_chance(leaves, answer, metric),
         value=float(value),
         stderr=stderr,
         items=len(samples),
         version=", ".join(sorted(versions)),
         hash=hash_string("".join(pieces)),
-        metrics=reported[leaves[0]] if len(leaves) == 1 else {metric: float(value)},
+        metrics=reported[names[0]] if len(names) == 1 else {metric: float(value)},
         samples=samples,
     )
+
+
+def _sample(sample: dict[str, Any], metric: str, leaf: str | None) -> dict[str, Any]:
+    """What is kept of one answered item."""
+    kept: dict[str, Any] = {
+        "id": f"{leaf}/{sample['doc_id']}" if leaf else sample["doc_id"],
+        "prompt": sample["prompt_hash"],
+        "target": str(sample["target"])[:KEPT_CHARACTERS],
+        "responses": _plain(sample["filtered_resps"]),
+    }
+    kept |= {name: sample["doc"][name] for name in ("length", "depth") if name in sample["doc"]}
+    value = sample[metric]
+    if isinstance(value, int | float):
+        return {**kept, "score": float(value)}
+    if metric.endswith("perplexity") and isinstance(value, list | tuple) and len(value) == 2:
+        return {**kept, "loss": -float(value[0]), "weight": float(value[1])}
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """Responses as JSON: numbers rounded to what the model's dtype can mean, text cut."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    return round(float(value), 6) if isinstance(value, int | float) else str(value)[:KEPT_CHARACTERS]
+
+
+def _chance(leaves: dict[str, Any], answer: dict[str, Any], metric: str) -> float | None:
+    """What guessing among the options reaches, averaged over items."""
+    if not metric.startswith(("acc", "exact_match")):
+        return None
+    shares: list[float] = []
+    for leaf, task in leaves.items():
+        options = task.OUTPUT_TYPE == "multiple_choice"
+        shares += [1 / len(sample["filtered_resps"]) if options else 0.0 for sample in answer["samples"][leaf]]
+    return float(sum(shares) / len(shares))
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
@@ -247,7 +322,8 @@ def _quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     tqdm.__init__ = disabled
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it bootstraps
+            yield
     finally:
         tqdm.__init__ = original
         if bars:

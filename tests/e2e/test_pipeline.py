@@ -36,7 +36,18 @@ TINY: dict[str, Any] = {
         "checkpoint_every": 2,
         "log_every": 3,
     },
-    "evaluate": {"max_perplexity_rows": 8, "recall_gaps": [16], "recall_samples": 2, "task_limit": 20},
+    "evaluate": {
+        "max_perplexity_rows": 8,
+        "recall_gaps": [16],
+        "recall_samples": 2,
+        "task_limit": 20,
+        "synthetic_lengths": [512],
+        "synthetic_samples": 1,
+        "long_rows": 1,
+        "generation_prompts": 2,
+        "generation_tokens": 8,
+        "audit_rows": 2,
+    },
     "register.name": "lolcats-e2e",
 }
 WEIGHTS = ("outputs/transfer/feature_maps.safetensors", "outputs/finetune/model/model.safetensors")
@@ -98,6 +109,8 @@ def test_the_table_and_the_report_show_the_same_run(project: Path) -> None:
     assert set(report["perplexity"]) == {"teacher", "swapped", "transferred", "finetuned", "bigram"}
     for step in ("teacher", "finetuned"):
         assert f"{report['perplexity'][step]:.4g}"[:4] in table
+    page = (project / "outputs/report/report.html").read_text(encoding="utf-8")
+    assert f"{report['perplexity']['finetuned']:.4g}" in page
     assert report["registered"] == {
         "name": "lolcats-e2e",
         "version": "1",
@@ -105,7 +118,7 @@ def test_the_table_and_the_report_show_the_same_run(project: Path) -> None:
         "created": True,
         "uri": "models:/lolcats-e2e/1",
     }
-    assert [stage["state"] for stage in report["stages"].values()] == ["ran"] * 5
+    assert [stage["state"] for stage in report["stages"].values()] == ["ran"] * 6
     for words in ("recall at gap 16", "code_continuation", "mlflow ui", "lolcats generate", "candidate"):
         assert words in table
 
@@ -115,7 +128,7 @@ def test_a_second_run_reuses_everything_and_registers_nothing_new(project: Path)
     report = json.loads((project / "reports/summary.json").read_text())
     assert {stage["state"] for stage in report["stages"].values()} == {"unchanged"}
     assert (report["registered"]["version"], report["registered"]["created"]) == ("1", False)
-    assert table.count("reused") >= 5
+    assert table.count("reused") >= 6
 
 
 def test_both_exported_forms_of_the_run_write_what_its_model_writes(project: Path, tmp_path: Path) -> None:
@@ -127,7 +140,7 @@ def test_both_exported_forms_of_the_run_write_what_its_model_writes(project: Pat
     assert len(set(texts)) == 1, texts
 
 
-def test_repro_runs_nothing_again_and_a_new_finetune_lr_runs_finetune_and_evaluate_alone(
+def test_repro_runs_nothing_again_and_a_new_finetune_lr_runs_finetune_evaluate_and_report_alone(
     project: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "copy"
@@ -137,7 +150,7 @@ def test_repro_runs_nothing_again_and_a_new_finetune_lr_runs_finetune_and_evalua
     (root / "params.yaml").write_text(yaml.safe_dump(apply_overrides(yaml.safe_load(params), {"finetune.lr": 0.002})))
     output = succeed(root, "dvc", "repro")
     ran = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-    assert ran == ["finetune", "evaluate"]
+    assert ran == ["finetune", "evaluate", "report"]
     assert sha256_file(root / WEIGHTS[0]) == sha256_file(project / WEIGHTS[0])
     assert sha256_file(root / WEIGHTS[1]) != sha256_file(project / WEIGHTS[1])
 

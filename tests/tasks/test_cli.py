@@ -42,7 +42,18 @@ def test_help_comes_without_loading_torch() -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "tasks.cli", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert time.monotonic() - started < 10
-    for command in ("run", "status", "generate", "chat", "register", "export", "doctor", "teacher"):
+    for command in (
+        "run",
+        "status",
+        "generate",
+        "chat",
+        "register",
+        "export",
+        "compare",
+        "ablate",
+        "doctor",
+        "teacher",
+    ):
         assert command in done.stdout
 
 

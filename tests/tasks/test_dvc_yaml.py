@@ -42,9 +42,12 @@ def test_a_stage_depends_on_the_parameters_it_reads(name: str) -> None:
     assert missing == set()
 
 
-def test_the_learning_rate_of_finetuning_concerns_finetune_alone_and_the_device_nobody() -> None:
+def test_the_learning_rate_of_finetuning_concerns_finetune_and_the_report_and_the_device_nobody() -> None:
     keys = {name: stage["params"] for name, stage in STAGES.items()}
-    assert [name for name, params in keys.items() if "finetune" in params or "finetune.lr" in params] == ["finetune"]
+    assert [name for name, params in keys.items() if "finetune" in params or "finetune.lr" in params] == [
+        "finetune",
+        "report",
+    ]
     assert not any("compute" in params or "compute.device" in params for params in keys.values())
 
 

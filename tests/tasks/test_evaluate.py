@@ -18,7 +18,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.params import ComputeParams, EvaluateParams, Params
-from tasks import evaluate
+from tasks import evaluate, measurements
 from tests.core.evaluation.test_code_continuation import code
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
@@ -27,7 +27,20 @@ PARAMS = Params(
     seed=1,
     compute=ComputeParams(device="cpu"),
     linearize=LinearizeConfig(window_size=16, feature_dim=8),
-    evaluate=EvaluateParams(batch_size=4, max_perplexity_rows=5, recall_gaps=(16, 32), recall_samples=3, task_limit=8),
+    evaluate=EvaluateParams(
+        batch_size=4,
+        max_perplexity_rows=5,
+        recall_gaps=(16, 32),
+        recall_samples=3,
+        tasks=("code_continuation", "copy"),
+        task_limit=8,
+        synthetic_lengths=(128,),
+        synthetic_samples=2,
+        long_rows=1,
+        generation_prompts=2,
+        generation_tokens=6,
+        audit_rows=2,
+    ),
 )
 
 
@@ -38,7 +51,7 @@ class FakeStage:
 
     def __init__(self, root: Path, work: Path, params: Params = PARAMS) -> None:
         self.root, self.params = root, params
-        self.out, self.scratch = work / "out", work / "scratch"
+        self.out, self.scratch, self.results = work / "out", work / "scratch", work / "results"
         self.out.mkdir(parents=True, exist_ok=True)
         self.figures: dict[str, Any] = {}
         self.datasets: list[tuple[str, ...]] = []
@@ -84,8 +97,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("teacher")
         return AutoModelForCausalLM.from_pretrained(pin / "model", dtype=dtype).to(device).eval()
 
-    monkeypatch.setattr(evaluate, "load_teacher", load)
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda pin: byte_tokenizer())
+    monkeypatch.setattr(measurements, "load_teacher", load)
+    monkeypatch.setattr(measurements, "load_tokenizer", lambda pin: byte_tokenizer())
     return seen
 
 
@@ -122,6 +135,19 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
 
     assert set(stage.figures) == {"perplexity.png", "recall.png", "tasks.png"}
     assert all((stage.out / name).read_bytes().startswith(b"\x89PNG") for name in stage.figures)
+    copying = result["tasks"]["copy"]
+    assert [cell["depth"] for cell in copying["cells"]["teacher"]] == [0.1, 0.5, 0.9]
+    assert (copying["chance"], task["chance"]) == (0.0, 0.25)
+    assert task["recovery"]["value"] == pytest.approx(task["finetuned"]["value"] / task["teacher"]["value"])
+    assert [len(result["positions"][step]["ranges"]) for step in ("teacher", "finetuned")] == [5, 5]
+    assert result["positions"]["teacher"]["length"] == 4 * LENGTH
+    assert result["generation"]["prompts"] == 2
+    audit = result["audit"]
+    assert {len(audit[name]) for name in ("layers", "entropy", "head_errors", "linear_mass")} == {2}
+    assert audit["whole"] != audit["linear_off"]
+    speed = json.loads((stage.out / "speed.json").read_text())
+    assert set(speed) == {"teacher", "finetuned"}
+
     assert stage.datasets[0][0] == "validation"
     expected = result["perplexity"]["finetuned"] / result["perplexity"]["teacher"]
     assert metrics["ratio_finetuned_to_teacher"] == expected
@@ -150,16 +176,17 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_and_measures_nothing_twice
         return wrapped
 
     for name in ("perplexity", "copy_recall", "run_lm_eval"):
-        monkeypatch.setattr(evaluate, name, watch(name, getattr(evaluate, name)))
+        monkeypatch.setattr(measurements, name, watch(name, getattr(measurements, name)))
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(FakeStage(outputs, tmp_path / "cut"))  # type: ignore[arg-type]
     killing = False
     resumed = FakeStage(outputs, tmp_path / "cut")
     evaluate.run(resumed)  # type: ignore[arg-type]
-    assert sorted(calls) == ["copy_recall"] * 4 + ["perplexity"] * 4 + ["run_lm_eval"] * 2
+    assert sorted(calls) == ["copy_recall"] * 4 + ["perplexity"] * 3 + ["run_lm_eval"] * 4
     written = sorted(path.relative_to(whole.out) for path in whole.out.rglob("*") if path.is_file())
     assert written == sorted(path.relative_to(resumed.out) for path in resumed.out.rglob("*") if path.is_file())
-    assert all((whole.out / file).read_bytes() == (resumed.out / file).read_bytes() for file in written)
+    same = [file for file in written if file.name != "speed.json"]
+    assert all((whole.out / file).read_bytes() == (resumed.out / file).read_bytes() for file in same)
 
 
 def test_a_finished_evaluation_loads_no_model(outputs: Path, tmp_path: Path, loaded: list[str]) -> None:
@@ -169,7 +196,8 @@ def test_a_finished_evaluation_loads_no_model(outputs: Path, tmp_path: Path, loa
 
 
 def test_without_tasks_or_gaps_only_perplexity_is_measured(outputs: Path, tmp_path: Path) -> None:
-    params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, tasks=(), recall_gaps=()))
+    nothing = {"tasks": (), "recall_gaps": (), "long_rows": 0, "generation_prompts": 0, "audit_rows": 0}
+    params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, **nothing))  # type: ignore[arg-type]
     stage = FakeStage(outputs, tmp_path, params)
     metrics = evaluate.run(stage)  # type: ignore[arg-type]
     assert set(stage.figures) == {"perplexity.png"}
@@ -193,16 +221,34 @@ def test_a_missing_student_is_named(outputs: Path, tmp_path: Path) -> None:
 
 
 def test_different_questions_are_never_compared() -> None:
-    result = {"name": "arc_easy", "hash": "a", "metric": "acc", "items": 1, "version": "1", "samples": []}
+    result = {"name": "arc_easy", "hash": "a"}
     with pytest.raises(RuntimeError, match="different questions in arc_easy"):
         evaluate.compare_task(result, {**result, "hash": "b"})
 
 
 def test_a_begin_token_is_shown_only_by_tokenizers_that_add_one() -> None:
-    assert evaluate.begin_ids(byte_tokenizer()) == ()
+    assert measurements.begin_ids(byte_tokenizer()) == ()
 
     class Beginning(SimpleNamespace):
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [5, 7]}
 
-    assert evaluate.begin_ids(Beginning(bos_token_id=5)) == (5,)  # type: ignore[arg-type]
+    assert measurements.begin_ids(Beginning(bos_token_id=5)) == (5,)  # type: ignore[arg-type]
+
+
+def test_another_run_measures_only_what_its_model_or_settings_change(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = FakeStage(outputs, tmp_path / "first")
+    evaluate.run(first)  # type: ignore[arg-type]
+    calls: list[str] = []
+    for name in ("perplexity", "copy_recall", "run_lm_eval"):
+        original = getattr(measurements, name)
+        monkeypatch.setattr(
+            measurements, name, lambda *a, _n=name, _o=original, **k: (calls.append(_n), _o(*a, **k))[1]
+        )
+    params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, recall_gaps=(16, 64)))
+    second = FakeStage(outputs, tmp_path / "second", params)
+    second.results = first.results
+    evaluate.run(second)  # type: ignore[arg-type]
+    assert calls == ["copy_recall"] * 2

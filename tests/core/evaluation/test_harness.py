@@ -64,7 +64,11 @@ def test_a_model_that_knows_the_text_answers_everything(
         "code_continuation"
     ]
     assert (result.metric, result.value, result.stderr, result.items) == ("acc_norm", 1.0, 0.0, 20)
-    assert result.samples[3] == {"id": 3, "score": 1.0}
+    assert (result.chance, result.higher_is_better) == (0.25, True)
+    sample = result.samples[3]
+    assert (sample["id"], sample["score"], sample["target"]) == (3, 1.0, "2")
+    # Of four log-likelihoods, that of the right option is by far the highest.
+    assert max(range(4), key=lambda option: sample["responses"][option][0]) == 2
     assert capfd.readouterr().err == ""
 
 

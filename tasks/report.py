@@ -1,0 +1,104 @@
+"""Stage `report`: one HTML file that says everything a run found, and needs nothing but a browser to open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from lolcats_core.errors import UserError
+from lolcats_core.files import write_text
+from tasks import report_figures as figures
+from tasks.evaluation_figures import perplexity_figure, recall_figure
+from tasks.figures import layer_figure, loss_figure
+from tasks.report_html import STEPS, Facts, page
+from tasks.stage import Stage, main
+
+STAGES = ("teacher", "prepare", "transfer", "finetune", "evaluate")
+
+
+def run(stage: Stage) -> Mapping[str, float]:
+    """Write report.html and its figures; its size is the only metric."""
+    params = stage.params
+    facts = Facts(
+        evaluation=read(stage, "evaluate", "evaluation.json"),
+        speed=read(stage, "evaluate", "speed.json"),
+        metrics={name: read(stage, name, "metrics.json") for name in STAGES},
+        runs={name: read(stage, name, "run.json") for name in STAGES},
+        teacher=read(stage, "teacher", "teacher.json"),
+        recipe={
+            "seed": params.seed,
+            "linearize": params.linearize.to_dict(),
+            "transfer": vars(params.transfer),
+            "finetune": vars(params.finetune),
+            "data": vars(params.data),
+        },
+    )
+    drawn = draw(facts, history(stage, "transfer"), history(stage, "finetune"), params.data.sequence_length)
+    with matplotlib.rc_context({"svg.hashsalt": "lolcats"}):  # the same figures are the same bytes
+        for name, figure in drawn.items():
+            figure.savefig(stage.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
+    html = page(facts, {name: (stage.out / f"{name}.svg").read_text(encoding="utf-8") for name in drawn})
+    write_text(stage.out / "report.html", html)
+    stage.log_text("report.html", html)
+    return {"bytes": len(html.encode())}
+
+
+def read(stage: Stage, name: str, file: str) -> dict[str, Any]:
+    """A JSON object among an earlier stage's outputs.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = stage.input(name) / file
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run `dvc repro {name}`") from None
+
+
+def history(stage: Stage, name: str) -> list[dict[str, float]]:
+    """A training stage's history; empty where nothing was trained."""
+    text = Path(stage.input(name) / "history.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def draw(
+    facts: Facts, transfer: list[dict[str, float]], finetune: list[dict[str, float]], trained: int
+) -> dict[str, Figure]:
+    """Every figure that the results allow, by name, in the report's order."""
+    evaluation = facts.evaluation
+    perplexity = evaluation["perplexity"]
+    drawn: dict[str, Figure | None] = {
+        "perplexity": perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
+    }
+    if any(evaluation["recall"].values()):
+        drawn["recall"] = recall_figure(evaluation["recall"])
+    drawn["recovery"] = figures.recovery_figure(evaluation["tasks"])
+    if evaluation["positions"]:
+        drawn["positions"] = figures.positions_figure(evaluation["positions"], trained)
+    audit = evaluation["audit"]
+    if audit:
+        drawn["audit"] = figures.audit_figure(audit)
+        if audit["linear_mass"]:
+            title = "Share of attention outside the window (carried by the linear branch)"
+            drawn["linear_mass"] = figures.heads_figure(audit["linear_mass"], title, "share")
+        if audit["head_errors"]:
+            title = "Transfer error by layer and linearized head"
+            drawn["head_errors"] = figures.heads_figure(audit["head_errors"], title, "relative error", log_scale=True)
+        if audit["entropy"] and audit["head_errors"]:
+            drawn["entropy"] = figures.entropy_figure(audit["entropy"], audit["head_errors"])
+    if transfer:
+        drawn["transfer_loss"] = loss_figure(transfer, "Attention transfer", log_scale=True)
+        drawn["transfer_layers"] = layer_figure(transfer, "Attention transfer: error by layer")
+    if finetune:
+        drawn["finetune_loss"] = loss_figure(finetune, "Low-rank finetuning")
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,190 @@
+"""The report: one page with every number, well-formed, and nothing in it that needs a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lolcats_core.errors import UserError
+from lolcats_core.files import write_json
+from tasks import report
+from tests.tasks.test_evaluate import PARAMS, FakeStage
+
+MEASURED = {"value": 0.5, "stderr": 0.125}
+TASK: dict[str, Any] = {
+    "metric": "acc",
+    "items": 8,
+    "version": "1.0",
+    "chance": 0.25,
+    "higher_is_better": True,
+    "teacher": {"value": 0.75, "stderr": 0.1, "metrics": {}},
+    "finetuned": {**MEASURED, "metrics": {}},
+    "paired": {"difference": -0.25, "stderr": 0.1, "interval": [-0.5, 0.0], "items": 8, "p_value": 0.5},
+    "recovery": {
+        "value": 0.667,
+        "interval": [0.4, 0.9],
+        "chance": 0.25,
+        "chance_corrected": 0.512,
+        "chance_corrected_interval": [0.2, 0.8],
+    },
+}
+CELLS = [{"length": 128, "depth": 0.5, "value": 0.5, "stderr": 0.1}]
+RANGES = {"rows": 1, "length": 128, "ranges": [{"start": 0, "stop": 64, "loss": 2.0, "stderr": 0.1, "tokens": 63}]}
+EVALUATION: dict[str, Any] = {
+    "perplexity": {"teacher": 8.0, "swapped": 160.0, "transferred": 16.0, "finetuned": 10.0, "bigram": 300.0},
+    "perplexity_tokens": 100,
+    "recall": {step: {"1024": MEASURED, "64": MEASURED} for step in ("teacher", "finetuned")},
+    "recall_samples": 4,
+    "tasks": {
+        "<piqa>": TASK,
+        "needle": {**TASK, "chance": 0.0, "cells": {"teacher": CELLS, "finetuned": CELLS}},
+        "wikitext": {
+            **{key: TASK[key] for key in ("items", "version")},
+            "metric": "word_perplexity",
+            "chance": None,
+            "higher_is_better": False,
+            "teacher": {"value": 17.5e6, "stderr": 0.0, "metrics": {}},
+            "finetuned": {"value": 18.5e6, "stderr": 0.0, "metrics": {}},
+            "recovery": {"value": 0.9, "interval": [0.8, 1.0], "difference": 0.1, "difference_interval": [0.0, 0.2]},
+        },
+    },
+    "positions": {"teacher": RANGES, "finetuned": RANGES},
+    "generation": {
+        **{name: MEASURED for name in ("exact_prefix", "token_f1", "same_stop")},
+        **{f"{name}_{step}": MEASURED for name in ("repetition", "stopped") for step in ("teacher", "finetuned")},
+        "prompts": 2,
+        "prompt_tokens": 16,
+        "new_tokens": 8,
+    },
+    "audit": {
+        "whole": 10.0,
+        "linear_off": 10.1,
+        "window_off": None,
+        "layers": {"0": {"linear_off": 10.05}, "1": {"softmax_off": 30.0}},
+        "entropy": {"0": [1.0, 2.0], "1": [0.5, 0.5]},
+        "head_errors": {"0": [0.1, 0.0]},
+        "linear_mass": {"0": [0.3, 0.7]},
+    },
+    "lm_eval_version": "0.4.13",
+    "task_hashes": {"needle": "abc"},
+}
+HISTORY = [
+    {"step": 0, "validation_loss": 5.0, "validation_layer_000": 1.0},
+    {"step": 2, "train_loss": 4.0},
+    {"step": 2, "validation_loss": 3.0, "validation_layer_000": 0.5},
+]
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed where it should be, and collects addresses and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data + " "
+
+
+class ReportStage(FakeStage):
+    """Also takes texts for MLflow."""
+
+    def log_text(self, name: str, text: str) -> None:
+        self.texts = {name: text}
+
+
+def make(root: Path, evaluation: dict[str, Any]) -> ReportStage:
+    for name in report.STAGES:
+        write_json(root / name / "metrics.json", {"tokens": 4321, "stage_seconds": 12.5})
+        write_json(root / name / "run.json", {"run_id": f"run-of-{name}", "key": "k"})
+    write_json(root / "evaluate" / "evaluation.json", evaluation)
+    write_json(root / "evaluate" / "speed.json", {s: {"cache_bytes": 777.0} for s in ("teacher", "finetuned")})
+    write_json(root / "teacher" / "teacher.json", {"source": "builtin", "revision": None})
+    for name in ("transfer", "finetune"):
+        (root / name / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in HISTORY))
+    return ReportStage(root, root / "work", PARAMS)
+
+
+def read(path: Path) -> Page:
+    page = Page()
+    page.feed(path.read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
+    stage = make(tmp_path, EVALUATION)
+    metrics = report.run(stage)  # type: ignore[arg-type]
+    page = read(stage.out / "report.html")
+    assert metrics["bytes"] == len((stage.out / "report.html").read_bytes())
+    assert stage.texts["report.html"] == (stage.out / "report.html").read_text(encoding="utf-8")
+    assert page.tags.count("img") == 11
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "script" not in page.tags
+    assert "url(" not in (stage.out / "report.html").read_text(encoding="utf-8")
+    for said in (
+        "<piqa>",
+        "0.512",
+        "0.200 … 0.800",
+        "run-of-finetune",
+        "4321",
+        "777",
+        "k",
+        "0.25",
+        "leans on its window",
+    ):
+        assert said in page.text, said
+    assert page.text.index("gap 64") < page.text.index("gap 1024")
+    assert re.search(r"after low-rank finetuning\s+10\s+1.25x", page.text)
+
+
+def test_a_run_that_measured_little_still_has_a_report(tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"recall": {"teacher": {}, "finetuned": {}}, "tasks": {}, "positions": {}}
+    evaluation = {**EVALUATION, **empty, "generation": {}, "audit": {}, "task_hashes": {}}
+    stage = make(tmp_path, evaluation)
+    for name in ("transfer", "finetune"):
+        (tmp_path / name / "history.jsonl").write_text("")
+    report.run(stage)  # type: ignore[arg-type]
+    assert read(stage.out / "report.html").tags.count("img") == 1
+
+
+def test_the_same_results_make_the_same_bytes(tmp_path: Path) -> None:
+    pages = []
+    for name in ("a", "b"):
+        stage = make(tmp_path / name, EVALUATION)
+        report.run(stage)  # type: ignore[arg-type]
+        pages.append((stage.out / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    stage = make(tmp_path, EVALUATION)
+    (tmp_path / "evaluate" / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation.json cannot be read .*run `dvc repro evaluate`"):
+        report.run(stage)  # type: ignore[arg-type]
+
+
+def test_the_training_length_is_that_of_the_rows(tmp_path: Path) -> None:
+    stage = make(tmp_path, EVALUATION)
+    stage.params = replace(PARAMS, data=replace(PARAMS.data, sequence_length=96))
+    report.run(stage)  # type: ignore[arg-type]
+    assert (stage.out / "positions.svg").is_file()
