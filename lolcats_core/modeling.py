@@ -8,6 +8,7 @@ transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads what
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -279,9 +280,14 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in named_map_parameters(student).items()}
+    write_feature_maps(named_map_parameters(student), LinearizeConfig(**student.config.linearize), path)
+
+
+def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:
+    """The file of `save_feature_maps` from the maps by their names in the model."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in maps.items()}
     # One entry: safetensors writes several in an order that changes from run to run, and with it the file's hash.
-    metadata = {"linearize": json.dumps(student.config.linearize, sort_keys=True)}
+    metadata = {"linearize": json.dumps(settings.to_dict(), sort_keys=True)}
     with atomic_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 

@@ -133,9 +133,15 @@ class TrainingParams:
 
 @dataclass(frozen=True)
 class TransferParams(TrainingParams):
-    """Stage 1, attention transfer. `max_steps: 0` is refused; `enabled: false` skips it (the ablation's row)."""
+    """Stage 1, attention transfer. `max_steps: 0` is refused; `enabled: false` skips it (the ablation's row).
+
+    `mode`: ``joint`` trains all layers in each pass, ``streamed`` one layer after the other with one in memory;
+    ``auto`` takes joint where the model fits. `buffer`: where a streamed run keeps the hidden states.
+    """
 
     enabled: bool = True
+    mode: Literal["auto", "joint", "streamed"] = "auto"
+    buffer: Literal["disk", "memory"] = "disk"
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
 

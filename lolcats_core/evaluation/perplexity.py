@@ -92,7 +92,7 @@ def perplexity(
             batch = {column: values.to(device) for column, values in batch.items()}
             targets, counted = next_token_targets(batch)
             logits = causal_logits(model, batch["input_ids"], batch.get("position_ids"))[:, :-1]
-            loss = _summed_cross_entropy(logits, targets, counted)
+            loss = summed_cross_entropy(logits, targets, counted)
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of {name} is {loss} in rows {first} to {first + len(targets) - 1}; it has diverged: "
@@ -161,7 +161,7 @@ def _pairs(batch: dict[str, Tensor], vocab_size: int) -> np.ndarray:
     return codes[counted].cpu().numpy()
 
 
-def _summed_cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
+def summed_cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
     """Sum over counted targets, a slice of positions at a time so that the fp32 copy of the logits stays small."""
     vocab_size = logits.shape[-1]
     width = max(1, MAX_FLOAT_LOGITS // (vocab_size * len(logits)))
