@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoConfig
 
-from lolcats_core import attention_transfer, linearize
+from lolcats_core import attention_transfer, linearize, parallel
 from lolcats_core.files import write_json
+from lolcats_core.loading import load_student
 from lolcats_core.modeling import empty_student, named_map_parameters, write_feature_maps
-from lolcats_core.runtime import resolve_device, resolve_dtype
+from lolcats_core.runtime import resolve_dtype
 from lolcats_core.streaming.transfer import streamed_attention_transfer
 from lolcats_core.teacher import load_teacher, locate, read_pin, verified_folder
 from lolcats_core.training import TrainResult
@@ -24,7 +25,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json and history.jsonl; metrics of the training."""
     params = stage.params
     preflight.check(params, stage.input("teacher"), stage.root)
-    device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
+    device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
     pin = read_pin(stage.input("teacher"))
     config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
@@ -49,8 +50,12 @@ def run(stage: Stage) -> Mapping[str, float]:
             log=stage.log_metrics,
         )
     else:
-        teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-        student = linearize(teacher, params.linearize, seed=params.seed)
+        if parallel.world() > 1:
+            folder = verified_folder(stage.input("teacher"))
+            student = load_student(folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed)
+        else:
+            teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+            student = linearize(teacher, params.linearize, seed=params.seed)
         maps = dict(named_map_parameters(student))
         if trains:
             result = attention_transfer(
@@ -75,4 +80,4 @@ def run(stage: Stage) -> Mapping[str, float]:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, parallel=True)

@@ -42,9 +42,9 @@ class _Stub(nn.Module):
 class _Last(nn.Module):
     """Ends the forward pass with the output of `layer` on `hidden`, or with what arrives where there is no layer."""
 
-    def __init__(self, layer: nn.Module | None = None) -> None:
+    def __init__(self, layer: nn.Module | None = None, hidden: Tensor | None = None) -> None:
         super().__init__()
-        self.layer, self.hidden = layer, None
+        self.layer, self.hidden = layer, hidden
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.layer is not None:
@@ -120,8 +120,7 @@ class Sweep:
             batch: position_ids [B, T] for packed documents. observer: as in `HybridContext`; when it raises
                 `StopForward` the answer is None.
         """
-        last = _Last(self.layers[index])
-        last.hidden = hidden
+        last = _Last(self.layers[index], hidden)
         try:
             return self._until(index, last, {"inputs_embeds": hidden}, batch, observer)
         except StopForward:
@@ -139,7 +138,7 @@ class Sweep:
             stub.inject = None
 
     def _until(
-        self, index: int, last: nn.Module, given: dict[str, Tensor], batch: dict[str, Tensor], observer: Any
+        self, index: int, last: nn.Module, given: dict[str, Any], batch: dict[str, Tensor], observer: Any
     ) -> Tensor:
         # Not registered as a child of the model: the layer's own weights must not show up there.
         layers = [*self.stubs[:index], last, *self.stubs[index + 1 :]]
@@ -147,7 +146,7 @@ class Sweep:
         positions = batch.get("position_ids")
         if observer is not None and isinstance(self.model, LinearizedMixin):
             document = None if positions is None else document_numbers(positions)
-            given = {**given, "hybrid": HybridContext(observer=observer, document=document)}  # type: ignore[dict-item]
+            given = {**given, "hybrid": HybridContext(observer=observer, document=document)}
         try:
             self.decoder(position_ids=positions, use_cache=False, **given)
         except _Done as done:

@@ -32,7 +32,7 @@ from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.files import atomic_file
 from lolcats_core.modeling import empty_student, feature_maps
 from lolcats_core.params import TransferParams
-from lolcats_core.streaming.buffer import HiddenBuffer
+from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
 from lolcats_core.streaming.sweep import StopForward, Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
 from lolcats_core.training import Rows, TrainResult, step_batches, total_steps, train
@@ -107,7 +107,7 @@ class StreamedTransfer:
         seed: int,
         log: Callable[[dict[str, float], int], None],
         on_disk: bool,
-        block_bytes: int | None = None,
+        block_bytes: int = BLOCK,
     ) -> None:
         self.sweep, self.calibration, self.params = sweep, calibration, params
         self.scratch, self.seed, self.log = scratch, seed, log
@@ -125,7 +125,7 @@ class StreamedTransfer:
             folder=scratch if on_disk else None,
             pin=self.pin,
             writer=writer,
-            **({} if block_bytes is None else {"block_bytes": block_bytes}),
+            block_bytes=block_bytes,
         )
 
     def run(self) -> None:
@@ -293,7 +293,7 @@ def streamed_attention_transfer(
     seed: int = 0,
     on_disk: bool = True,
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
-    block_bytes: int | None = None,
+    block_bytes: int = BLOCK,
 ) -> tuple[dict[str, Tensor], TrainResult]:
     """Stage 1 with one layer of the teacher in memory at a time.
 
