@@ -2,16 +2,22 @@
 
 The rows lie in blocks, and there is one more slot than blocks. The outputs of a layer's block go into the free slot,
 which frees the slot of that block's inputs for the next block: every layer shifts all blocks by one slot. So a write
-never touches what is still to be read, and after a crash the block that was being written is computed again. Only a
-counter says how far it got, and it moves when the block is on the disk.
+never touches what is still to be read, and after a kill the block that was being written is computed again. Only a
+counter says how far it got, and it moves when the block is written.
+
+Rows are not forced onto the disk block by block, which would cost more time than the layers do. A file that a restart
+of the machine may have left half-written is known by the machine's boot id, and counts as lost.
 
 # n rows asked for, T tokens, d hidden size
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lolcats_core.errors import UserError
-from lolcats_core.files import fsync_path, write_json
+from lolcats_core.files import write_json
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"
 # Bytes of a block, at least one batch.
@@ -34,7 +40,7 @@ class HiddenBuffer:
         rows, tokens, width: of the calibration set.
         batch: rows per forward pass; a block holds a multiple.
         folder: where the file lies that keeps the rows through a crash; None keeps them in memory.
-        pin: page-lock memory rows, for faster copies to a GPU.
+        device: where rows are computed; on a GPU, copies overlap with its work.
         resume: continue with the rows that an earlier run left in the file.
         writer: whether this process makes the file and its counter (of several that share it, one).
 
@@ -54,20 +60,24 @@ class HiddenBuffer:
         batch: int,
         *,
         folder: Path | None = None,
-        pin: bool = False,
+        device: torch.device | None = None,
         writer: bool = True,
         resume: bool = True,
         block_bytes: int = BLOCK,
     ) -> None:
         self.rows, self.folder, self.writer = rows, folder, writer
+        self.device = device or torch.device("cpu")
+        self._pool, self._pending = ThreadPoolExecutor(1, thread_name_prefix="hidden"), deque[Future[None]]()
         row_bytes = tokens * width * dtype.itemsize
         self.block = batch * min(max(1, block_bytes // (row_bytes * batch)), -(-rows // batch))
         self.blocks = -(-rows // self.block)
         shape = ((self.blocks + 1) * self.block, tokens, width)
         self.layer, self.done = 0, 0
-        self._key = f"{rows}x{tokens}x{width} {dtype} by {self.block}"
+        self._key = f"{rows}x{tokens}x{width} {dtype} by {self.block}, boot {_boot_id()}"
         if folder is None:
-            self._data = torch.empty(shape, dtype=dtype, pin_memory=pin)
+            self._data = torch.empty(shape, dtype=dtype)
+            if self.device.type == "cuda":
+                _page_lock(self._data)
             return
         if writer and not resume:
             self.remove()
@@ -110,22 +120,48 @@ class HiddenBuffer:
         """The rows of a block."""
         return range(block * self.block, min((block + 1) * self.block, self.rows))
 
-    def read(self, layer: int, rows: np.ndarray, pin: bool = False) -> Tensor:
-        """Inputs [n, T, d] of `layer`, a copy."""
-        places = torch.from_numpy(self._places(layer, rows))
-        out = torch.empty((len(rows), *self._data.shape[1:]), dtype=self._data.dtype, pin_memory=pin)
-        return torch.index_select(self._data, 0, places, out=out)
+    def read(self, layer: int, rows: np.ndarray) -> Tensor:
+        """Inputs [n, T, d] of `layer` on the device."""
+        places = self._places(layer, rows)
+        if self.device.type != "cuda":
+            return self._data[torch.from_numpy(places)].to(self.device)
+        out = torch.empty((len(rows), *self._data.shape[1:]), dtype=self._data.dtype, device=self.device)
+        if self._data.is_pinned():
+            for i, place in enumerate(places):
+                out[i].copy_(self._data[place], non_blocking=True)
+            return out
+        staged = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        torch.index_select(self._data, 0, torch.from_numpy(places), out=staged)
+        return out.copy_(staged, non_blocking=True)
 
     def write(self, layer: int, rows: np.ndarray, hidden: Tensor) -> None:
         """Put inputs of `layer` into the block that comes next; `commit` makes them count."""
         first = int(self._places(layer, rows[:1])[0])
-        self._data[first : first + len(rows)].copy_(hidden)
+        target = self._data[first : first + len(rows)]
+        if hidden.device.type != "cuda":
+            target.copy_(hidden)
+        elif target.is_pinned():
+            target.copy_(hidden, non_blocking=True)
+        else:
+            staged = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            staged.copy_(hidden, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            while len(self._pending) > 1:  # so many staged batches at most
+                self._pending.popleft().result()
+            self._pending.append(self._pool.submit(_write_staged, arrived, staged, target))
+
+    def settle(self) -> None:
+        """Wait until everything that was written has arrived."""
+        while self._pending:
+            self._pending.popleft().result()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def commit(self, layer: int, block: int) -> None:
-        """`block` now stands at `layer`: first the rows reach the disk, then the counter."""
+        """`block` now stands at `layer`, after `settle` in every process."""
         self.layer, self.done = layer, block + 1
         if self.folder is not None and self.writer:
-            fsync_path(self.folder / DATA)
             write_json(self.folder / PROGRESS, {"key": self._key, "layer": layer, "done": self.done})
 
     def next_block(self, layer: int) -> range:
@@ -135,6 +171,26 @@ class HiddenBuffer:
     def _places(self, layer: int, rows: np.ndarray) -> np.ndarray:
         block, within = np.divmod(np.asarray(rows, dtype=np.int64), self.block)
         return (block - layer) % (self.blocks + 1) * self.block + within
+
+
+def _page_lock(data: Tensor) -> None:
+    """Lock memory for direct copies (torch's own pinned memory is rounded up to a power of two); where the system does
+    not allow so much, copies go through small locked pieces instead."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+
+
+def _write_staged(arrived: torch.cuda.Event, staged: Tensor, target: Tensor) -> None:
+    arrived.synchronize()
+    target.copy_(staged)
+
+
+def _boot_id() -> str:
+    """Changes when the machine starts anew; one value where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _read(path: Path) -> dict[str, Any]:

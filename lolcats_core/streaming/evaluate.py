@@ -67,16 +67,23 @@ def streamed_logits(
         return
     config: Any = sweep.model.config
     step = rows_per_forward(batch_size, rows.sequence_length, config.vocab_size)
-    pin = sweep.device.type == "cuda"
     buffer = HiddenBuffer(
-        count, rows.sequence_length, config.hidden_size, sweep.dtype, step, folder=folder, pin=pin, resume=False
+        count,
+        rows.sequence_length,
+        config.hidden_size,
+        sweep.dtype,
+        step,
+        folder=folder,
+        device=sweep.device,
+        resume=False,
     )
 
     def advance(target: int, compute: Callable[[Tensor | None, dict[str, Tensor]], Tensor | None]) -> None:
         for block in range(buffer.blocks):
             for places, batch in batches(buffer.block_rows(block)):
-                hidden = None if target == 0 else buffer.read(target - 1, places, pin).to(sweep.device)
+                hidden = None if target == 0 else buffer.read(target - 1, places)
                 buffer.write(target, places, cast(Tensor, compute(hidden, batch)))
+            buffer.settle()
             buffer.commit(target, block)
 
     def batches(block: range) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
@@ -96,7 +103,7 @@ def streamed_logits(
                 advance(index + 1, compute)
         with sweep.end("head"):
             for places, batch in batches(range(count)):
-                hidden = buffer.read(len(sweep.layers), places, pin).to(sweep.device)
+                hidden = buffer.read(len(sweep.layers), places)
                 yield batch, sweep.logits(hidden, batch)
     finally:
         buffer.remove()

@@ -77,8 +77,8 @@ class Calibration:
 class _HiddenRows:
     """The training rows as `train` reads them: a layer's inputs instead of token ids."""
 
-    def __init__(self, calibration: Calibration, buffer: HiddenBuffer, layer: int, pin: bool) -> None:
-        self.calibration, self.buffer, self.layer, self.pin = calibration, buffer, layer, pin
+    def __init__(self, calibration: Calibration, buffer: HiddenBuffer, layer: int) -> None:
+        self.calibration, self.buffer, self.layer = calibration, buffer, layer
         self.sequence_length = calibration.rows.sequence_length
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class _HiddenRows:
     def at(self, places: np.ndarray) -> dict[str, Tensor]:
         batch = self.calibration.batch(places)
         del batch["input_ids"]
-        return {**batch, "hidden": self.buffer.read(self.layer, places, self.pin)}
+        return {**batch, "hidden": self.buffer.read(self.layer, places)}
 
 
 class StreamedTransfer:
@@ -114,7 +114,6 @@ class StreamedTransfer:
         self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
         self.names = names
         self.generator = torch.Generator().manual_seed(seed)
-        self.pin = sweep.device.type == "cuda"
         config = cast(Any, sweep.model.config)
         self.make_buffer = lambda writer: HiddenBuffer(
             len(calibration),
@@ -123,7 +122,7 @@ class StreamedTransfer:
             sweep.dtype,
             params.batch_size,
             folder=scratch if on_disk else None,
-            pin=self.pin,
+            device=sweep.device,
             writer=writer,
             block_bytes=block_bytes,
         )
@@ -178,7 +177,7 @@ class StreamedTransfer:
         wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
         for name, value in initial.items():
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
-        rows = _HiddenRows(self.calibration, self.buffer, index, self.pin)
+        rows = _HiddenRows(self.calibration, self.buffer, index)
 
         def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
             observer = TransferObserver(len(self.maps), params, scale)
@@ -229,10 +228,11 @@ class StreamedTransfer:
                     continue
                 batch = self.calibration.batch(mine)
                 if target:
-                    batch = {**batch, "hidden": buffer.read(target - 1, mine, self.pin)}
+                    batch = {**batch, "hidden": buffer.read(target - 1, mine)}
                     del batch["input_ids"]
                 out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 buffer.write(target, mine, cast(Tensor, out))
+            buffer.settle()
             parallel.barrier()
             buffer.commit(target, block)
             parallel.barrier()

@@ -217,6 +217,21 @@ def test_no_more_than_one_layer_ever_has_weights(
     assert {sum(layers) for layers in held} == {1}
 
 
+def test_a_buffer_from_before_the_machine_restarted_is_not_trusted(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = streamed(teacher_folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fail_at(patch, 20)
+        with pytest.raises(Killed):
+            streamed(teacher_folder, tmp_path / "killed")
+    with (tmp_path / "killed" / DATA).open("r+b") as file:  # what never reached the disk
+        file.write(bytes(10_000))
+    monkeypatch.setattr(buffers, "_boot_id", lambda: "another")
+    actual, _ = streamed(teacher_folder, tmp_path / "killed")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_weights_that_are_missing_are_named(teacher_folder: Path, tmp_path: Path) -> None:
     deeper = AutoConfig.from_pretrained(teacher_folder, num_hidden_layers=4)
     rows = FakeRows(8)
