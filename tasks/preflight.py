@@ -37,7 +37,7 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
 
     Raises:
         UserError: the maps or LoRA do not fit the teacher's shape, a row or a recall string is longer than its context,
-            or an evaluation task does not exist.
+            segments meet packed documents or checkpointing, or an evaluation task does not exist.
     """
     pin = read_pin(pin_dir)
     config = AutoConfig.from_pretrained(locate(pin, root), trust_remote_code=pin.trust_remote_code)
@@ -50,5 +50,9 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     for name, length in longest.items():
         if pin.context is not None and length > pin.context:
             raise UserError(f"`{name}` must be at most the teacher's context of {pin.context} tokens, got {length}")
+    segment = params.finetune.segment_length
+    if segment and (params.compute.gradient_checkpointing or params.data.packing == "documents"):
+        reason = "`data.packing: documents`" if params.data.packing == "documents" else "gradient checkpointing"
+        raise UserError(f"`finetune.segment_length` must be null with {reason}, got {segment}")
     for task in params.evaluate.tasks:
         task_folder(task, ())
