@@ -31,9 +31,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig
 
-from benchmarks.stages import check
+from benchmarks.stages import check, llama_config
 from lolcats_core import parallel
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.doctor import streamed_memory, train_memory
@@ -73,21 +72,6 @@ class RandomRows:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         return {"input_ids": self.input_ids[torch.as_tensor(np.asarray(indices))]}
-
-
-def llama_config(shape: ModelShape) -> LlamaConfig:
-    """The transformers configuration of a shape."""
-    return LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=131072,
-    )
 
 
 def write_random(shape: ModelShape, folder: Path, device: torch.device, dtype: torch.dtype) -> None:

@@ -110,7 +110,10 @@ def transfer_mode(params: Params, shape: ModelShape, memory: float) -> str:
     """``joint`` or ``streamed``: what `transfer.mode: auto` means for `memory` bytes on the training device."""
     if params.transfer.mode != "auto":
         return params.transfer.mode
-    return "joint" if train_memory(params, shape)["transfer"] < FITS * memory else "streamed"
+    wide = 2 if params.compute.precision == "bfloat16" else 4
+    # Several processes divide the weights.
+    elsewhere = shape.parameters * wide * (1 - 1 / params.compute.processes)
+    return "joint" if train_memory(params, shape)["transfer"] - elsewhere < FITS * memory else "streamed"
 
 
 def planned_tokens(params: Params) -> dict[str, int | None]:
@@ -201,11 +204,12 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
     have = device_memory(device)
     findings = []
     needs = train_memory(params, shape)
-    if transfer_mode(params, shape, have) == "streamed":
+    streamed = transfer_mode(params, shape, have) == "streamed"
+    if streamed:
         needs["transfer"] = streamed_memory(params, shape)
     for stage, need in needs.items():
         detail = f"about {need / GIB:.1f} GiB of {have / GIB:.0f} GiB on {device.type}"
-        if stage == "transfer" and needs[stage] == streamed_memory(params, shape):
+        if stage == "transfer" and streamed:
             detail += ", one layer at a time"
         if need > have:
             detail += "; lower the batch size, set compute.gradient_checkpointing, or use a larger device"

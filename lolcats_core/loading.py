@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,6 @@ def load_student(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    maps: Path | None = None,
     seed: int = 0,
     quantized: bool = False,
 ) -> PreTrainedModel:
@@ -34,16 +33,16 @@ def load_student(
     quantized. Quantized weights are small and stay whole in every process.
 
     Args:
-        maps: file of trained feature maps; without it they are those that `linearize` makes with `seed`.
+        seed: of the feature maps, as in `linearize`.
         quantized: hold the layers' projections in NF4.
 
     Raises:
         UserError: the weights lack a tensor, or the settings do not fit.
     """
     student = without_weights(lambda: empty_student(config, settings))
-    files = WeightFiles(folder, extra=[maps] if maps else [])
+    files = WeightFiles(folder)
     generator = torch.Generator().manual_seed(seed)
-    shard = parallel.world() > 1 and not quantized
+    shard = None if quantized or parallel.world() == 1 else _divider(device)
     layers = list(cast(Any, student).base_model.layers)
     # The layers first, then what stands around them; by then the layers' weights have their own names.
     parts = [(layer, names_in(student, layer)) for layer in layers]
@@ -54,34 +53,39 @@ def load_student(
     around.pop("linearized.weight")
     try:
         for layer, names in parts:
-            stored = {name: source for name, source in names.items() if maps or "feature_maps." not in name}
+            stored = {name: source for name, source in names.items() if "feature_maps." not in name}
             put(layer, read(files, stored, pin=False), device, dtype)
             for found in feature_maps(layer).values():
-                if maps is None:
-                    found.to_empty(device=device)
-                    found.reset_parameters(generator)
+                found.to_empty(device=device)
+                found.reset_parameters(generator)
                 found.requires_grad_(True)
             if quantized:
                 quantize_projections(layer)
-            if shard:
-                _shard(layer)
+            if shard is not None:
+                shard(layer)
         put(student, read(files, around, pin=False), device, dtype)
     finally:
         files.close()
     cast(nn.Embedding, student.linearized).to_empty(device=device).weight.data.zero_()
     if tied:
         student.tie_weights()
-    if shard:
+    if shard is not None:
         # Stage 1 calls the decoder alone. A table that serves both ends stays whole.
-        _shard(cast(nn.Module, student.base_model), {table.weight} if tied else set())
+        shard(cast(nn.Module, student.base_model), {table.weight} if tied else set())
         if not tied:
-            _shard(head)
+            shard(head)
     return student.eval()
 
 
-def _shard(module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
-    """Divide the frozen weights of `module` between all processes; what trains stays whole in each of them."""
+def _divider(device: torch.device) -> Callable[..., None]:
+    """A function that divides the frozen weights of a module between all processes; what trains stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    trained = {p for maps in feature_maps(module).values() for p in maps.parameters()}
-    fully_shard(module, ignored_params=trained | set(whole))
+    mesh = init_device_mesh(device.type, (parallel.world(),))
+
+    def divide(module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+        trained = {p for maps in feature_maps(module).values() for p in maps.parameters()}
+        fully_shard(module, mesh=mesh, ignored_params=trained | set(whole))
+
+    return divide

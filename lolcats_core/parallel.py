@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lolcats_core.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -37,10 +39,16 @@ def start(device: torch.device) -> torch.device:
     """Join the other processes if there are any; the device of this one.
 
     On CUDA each process of a host takes the GPU of its `LOCAL_RANK`; elsewhere they talk through gloo.
+
+    Raises:
+        UserError: there are more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     if device.type == "cuda":
+        here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > there:
+            raise UserError(f"`compute.processes` must be at most the {there} CUDA devices of this machine, got {here}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -37,7 +37,7 @@ def layer_name(index: int) -> str:
     return f"layer_{index:03d}"
 
 
-class TransferObserver:
+class LossObserver:
     """Takes each layer's loss during a forward pass; with `scale`, also its gradient.
 
     `layers` is the number of linearized layers of the model, over which the loss is a mean.
@@ -115,7 +115,7 @@ def transfer_losses(
         batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
         scale: factor on the loss whose gradients are added to the maps' ``.grad``; None computes no gradient.
     """
-    observer = TransferObserver(len(feature_maps(student)), params, scale)
+    observer = LossObserver(len(feature_maps(student)), params, scale)
     positions = batch.get("position_ids")
     document = None if positions is None else document_numbers(positions)
     context = HybridContext(observer=observer, document=document)

@@ -28,21 +28,18 @@ def run(stage: Stage) -> Mapping[str, float]:
     params = stage.params
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
-    pin, maps = read_pin(stage.input("teacher")), stage.input("transfer") / "feature_maps.safetensors"
+    pin = read_pin(stage.input("teacher"))
     # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
     by_layer = params.finetune.quantize_base or parallel.world() > 1
     if by_layer:
         folder = verified_folder(stage.input("teacher"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=pin.trust_remote_code)
         quantized = params.finetune.quantize_base
-        student = load_student(
-            folder, config, params.linearize, device=device, dtype=dtype, maps=maps, quantized=quantized
-        )
+        student = load_student(folder, config, params.linearize, device=device, dtype=dtype, quantized=quantized)
     else:
-        student = linearize(
-            load_teacher(stage.input("teacher"), dtype=dtype, device=device), params.linearize, seed=params.seed
-        )
-        load_feature_maps(student, maps)
+        teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+        student = linearize(teacher, params.linearize, seed=params.seed)
+    load_feature_maps(student, stage.input("transfer") / "feature_maps.safetensors")
     check_target_modules(student, params.finetune)
     total = sum(p.numel() for p in student.parameters())
     adapted, result = low_rank_finetune(

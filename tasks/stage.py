@@ -206,11 +206,14 @@ def execute(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) 
     error_file = root / ".scratch" / name / ERROR
     try:
         with contextlib.suppress(OSError):
-            error_file.unlink(missing_ok=True)
+            if _rank() == 0:
+                error_file.unlink(missing_ok=True)
         _watch_ancestors()
         (_run_stage if _rank() == 0 else _follow)(run, name, root)
     except UserError as error:
         message = " ".join(str(error).split())
+        if _rank() != 0:
+            return 1  # said by rank 0, which has met it as well
         with contextlib.suppress(OSError):
             write_text(error_file, message + "\n")
         print(f"{name}: {message}", file=sys.stderr, flush=True)

@@ -49,6 +49,9 @@ def run(stage: Stage) -> Mapping[str, float]:
             on_disk=params.transfer.buffer == "disk",
             log=stage.log_metrics,
         )
+        # A layer knows only its own error while it trains; the losses over all of them come together here.
+        for entry in result.history:
+            stage.log_metrics({k: v for k, v in entry.items() if k.endswith("_loss")}, int(entry["step"]))
     else:
         if parallel.world() > 1:
             folder = verified_folder(stage.input("teacher"))

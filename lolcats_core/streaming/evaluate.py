@@ -18,7 +18,7 @@ from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import rows_per_forward
 from lolcats_core.evaluation.perplexity import PerplexityResult, next_token_targets, summed_cross_entropy
-from lolcats_core.modeling import empty_student
+from lolcats_core.modeling import empty_student, read_feature_maps
 from lolcats_core.streaming.buffer import HiddenBuffer
 from lolcats_core.streaming.sweep import Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
@@ -40,8 +40,11 @@ def open_sweep(
         settings, maps: linearize the softmax model in `folder` with these settings and the feature maps in this file.
 
     Raises:
-        UserError: the weights are missing or damaged, or the settings do not fit.
+        UserError: the weights are missing or damaged, or the settings do not fit the model or the maps.
     """
+
+    if settings is not None and maps is not None:
+        read_feature_maps(maps, settings.to_dict())
 
     def make() -> PreTrainedModel:
         if settings is not None:

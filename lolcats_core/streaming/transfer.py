@@ -36,7 +36,7 @@ from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
 from lolcats_core.streaming.sweep import StopForward, Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
 from lolcats_core.training import Rows, TrainResult, step_batches, total_steps, train
-from lolcats_core.transfer import TransferObserver, check_cross_entropy, mean_losses
+from lolcats_core.transfer import LossObserver, check_cross_entropy, mean_losses
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class StreamedTransfer:
         rows = _HiddenRows(self.calibration, self.buffer, index)
 
         def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
-            observer = TransferObserver(len(self.maps), params, scale)
+            observer = LossObserver(len(self.maps), params, scale)
 
             def observe(*arguments: Any) -> None:
                 observer(*arguments)

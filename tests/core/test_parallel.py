@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lolcats_core import parallel
+from lolcats_core.errors import UserError
 from tests.core.distributed_work import MaskedRows
 from tests.core.tiny import tiny_teacher
 
@@ -93,6 +94,14 @@ def test_what_is_merged_from_files_is_what_was_trained(work: Path) -> None:
     for name, value in maps.items():
         torch.testing.assert_close(model.get_parameter(name), value)
     assert (work / "model" / "model.safetensors.index.json").is_file()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "8"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="at most the 4 CUDA devices of this machine, got 8"):
+        parallel.start(torch.device("cuda"))
 
 
 def test_one_process_takes_everything() -> None:

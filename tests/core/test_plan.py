@@ -9,9 +9,11 @@ import pytest
 from lolcats_core.doctor import GIB, streamed_memory, train_memory, transfer_mode
 from lolcats_core.errors import UserError
 from lolcats_core.known_models import KNOWN_MODELS, ModelShape
+from lolcats_core.modeling import FAMILIES
 from lolcats_core.params import Params, presets
 from lolcats_core.plan import parse_gpus, parse_tokens, plan
 from tests.core.test_doctor import preset
+from tests.core.tiny import tiny_teacher
 
 SHAPES = {name: KNOWN_MODELS[preset(name).teacher.source] for name in presets()}
 
@@ -59,7 +61,16 @@ def test_the_mode_is_chosen_by_what_fits_unless_it_is_given() -> None:
     need = train_memory(params, shape)["transfer"]
     assert transfer_mode(params, shape, 2 * need) == "joint"
     assert transfer_mode(params, shape, need) == "streamed"
+    assert transfer_mode(preset("llama3_1_8b", **{"compute.processes": 4}), shape, need) == "joint"  # weights divided
     assert transfer_mode(preset("llama3_1_8b", **{"transfer.mode": "joint"}), shape, 1.0) == "joint"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mode_can_be_told_for_every_family(family: str) -> None:
+    model = tiny_teacher(family)
+    shape = ModelShape.from_config(model.config)
+    assert (shape.layers, shape.heads, shape.hidden) == (3, 4, 32)
+    assert transfer_mode(Params(), shape, 1e12) == "joint"
 
 
 def test_gpus_and_tokens_are_read_and_refused_by_name() -> None:

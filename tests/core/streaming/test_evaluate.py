@@ -13,7 +13,7 @@ from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.modeling import FAMILIES, save_feature_maps
 from lolcats_core.streaming.evaluate import open_sweep, streamed_logits, streamed_perplexity
 from lolcats_core.streaming.sweep import Sweep
-from tests.core.tiny import MIXED, FakeRows, tiny_student, tiny_teacher
+from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_student, tiny_teacher
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -51,6 +51,13 @@ def test_a_students_perplexity_is_the_same_saved_whole_or_as_maps_beside_its_tea
         result = streamed_perplexity(found, rows, batch_size=2, max_rows=4, folder=tmp_path / "buffer")
         assert result.loss == pytest.approx(expected, rel=1e-6)
     assert list((tmp_path / "buffer").iterdir()) == []
+
+
+def test_maps_made_with_other_settings_are_refused(tmp_path: Path) -> None:
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    save_feature_maps(tiny_student(), tmp_path / "maps.safetensors")
+    with pytest.raises(UserError, match="made with `softmax_layers`"):
+        sweep(tmp_path / "teacher", settings=SETTINGS, maps=tmp_path / "maps.safetensors")
 
 
 def test_nothing_to_predict_is_refused(tmp_path: Path) -> None:
