@@ -141,12 +141,18 @@ class Case:
         """The shape as measured, and the model's own. `--layers` and, for streamed cases, `LAYERS` cut its depth."""
         name = self.options.shape or name
         model = SHAPES[name]
-        layers = self.options.layers or (model.layers if whole else LAYERS[name])
-        size = model.layer_parameters * self.dtype.itemsize
+        wanted = replace(model, layers=self.options.layers or (model.layers if whole else LAYERS[name]))
+        if parallel.is_main():
+            for other in self.work.glob("weights-*"):  # one model at a time fits on a small disk
+                if other != self.folder(wanted):
+                    shutil.rmtree(other)
+        parallel.barrier()
+        if self.folder(wanted).is_dir():
+            return wanted, model
         ends = 2 * model.vocab * model.hidden * self.dtype.itemsize
-        room = (shutil.disk_usage(self.work).free * 0.8 - ends - self.buffer_bytes(model)) // size
-        there = self.folder(replace(model, layers=layers)).is_dir()
-        return replace(model, layers=layers if there else int(max(1, min(layers, room)))), model
+        room = shutil.disk_usage(self.work).free * 0.8 - ends - self.buffer_bytes(model)
+        held = int(room // (model.layer_parameters * self.dtype.itemsize))
+        return replace(model, layers=max(1, min(wanted.layers, parallel.broadcast(held)))), model
 
     def buffer_bytes(self, shape: ModelShape) -> int:
         return 2 * self.options.rows * self.options.length * shape.hidden * self.dtype.itemsize
@@ -157,9 +163,6 @@ class Case:
     def weights(self, shape: ModelShape) -> Path:
         """Files of random weights."""
         if parallel.is_main():
-            for other in self.work.glob("weights-*"):  # one model at a time fits on a small disk
-                if other != self.folder(shape):
-                    shutil.rmtree(other)
             write_random(shape, self.folder(shape), self.device, self.dtype)
         parallel.barrier()
         return self.folder(shape)
