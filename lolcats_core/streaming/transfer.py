@@ -7,8 +7,6 @@ layer; its whole forward pass runs once, when the buffer moves on.
 Differences to the joint mode: the gradient norm is clipped, the rate lowered and the best step chosen for each layer
 by itself. With a constant or cosine schedule, no clipping and the last step as the best, the maps are the same to
 rounding.
-
-# n rows asked for, T tokens, d hidden size
 """
 
 from __future__ import annotations
