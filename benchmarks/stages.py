@@ -79,9 +79,9 @@ def timed(step: Callable[[], Any], device: torch.device, repeats: int) -> list[f
     return sorted(once() for _ in range(repeats))
 
 
-def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
-    """Random weights of the shape, made on the device."""
-    config = LlamaConfig(
+def llama_config(shape: ModelShape) -> LlamaConfig:
+    """The transformers configuration of a shape."""
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -92,11 +92,15 @@ def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaF
         tie_word_embeddings=shape.tied,
         max_position_embeddings=131072,
     )
+
+
+def build(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """Random weights of the shape, made on the device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return LlamaForCausalLM(config).eval()
+            return LlamaForCausalLM(llama_config(shape)).eval()
     finally:
         torch.set_default_dtype(before)
 

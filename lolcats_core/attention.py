@@ -202,6 +202,13 @@ def student_attention(
         y = hybrid_attention(q, k, v, *operands, **options)
     elif layer.state is not None and q.shape[1] == 1 and order is None and not torch.is_grad_enabled():
         y = hybrid_decode_(q, k, v, *operands, layer.state, **options)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
+        # No gradient passes through a state, so it is computed apart; the fused kernels then take both calls.
+        y = hybrid_attention(q, k, v, *operands, **options, initial_state=layer.state)
+        with torch.no_grad():
+            _, layer.state = hybrid_attention(
+                q, k, v, *operands, **options, initial_state=layer.state, return_state=True
+            )
     else:
         y, layer.state = hybrid_attention(q, k, v, *operands, **options, initial_state=layer.state, return_state=True)
     if order is not None and real is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -106,6 +106,16 @@ class HybridCache(Cache):
         if not self.is_croppable:
             raise UserError(_NO_CROP)
         super().crop(tokens_to_remove)
+
+    def detach(self) -> None:
+        """Cut the cached tensors off from the computation that made them."""
+        for layer in cast(list[Any], self.layers):
+            softmax = layer
+            if isinstance(layer, HybridLayer):
+                layer._map(torch.Tensor.detach)
+                softmax = layer.softmax
+            if softmax is not None and softmax.is_initialized:
+                softmax.keys, softmax.values = softmax.keys.detach(), softmax.values.detach()
 
     def state_bytes(self) -> int:
         """Bytes of the linearized kv groups' states: constant in the number of tokens."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -62,8 +63,13 @@ def fingerprint(model: nn.Module) -> str:
     a weight's bytes, read as 64-bit words in lines of 512, along the lines and across them; integers wrap alike on any
     device, so this is exact, in one pass at the memory's speed.
     """
+    return fingerprint_of(sorted(_own_weights(model).items()))
+
+
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`fingerprint` of weights given one at a time, in the order of their names."""
     digest = hashlib.sha256()
-    for name, weight in sorted(_own_weights(model).items()):
+    for name, weight in weights:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         flat = weight.detach().flatten()
         content = (flat.clone() if flat.storage_offset() else flat).view(torch.uint8)
@@ -84,12 +90,13 @@ def _own_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return weights
 
 
-def save_delta(model: PeftModel, folder: Path | str, base: TeacherPin) -> None:
+def save_delta(model: PeftModel, folder: Path | str, base: TeacherPin, weights: str | None = None) -> None:
     """Write adapter_config.json, adapter_model.safetensors and delta.json.
 
     Args:
         model: what `low_rank_finetune` returned, before `merge_and_unload`.
         base: the teacher that the student was made from.
+        weights: its `fingerprint`, where `model` does not hold it as it is (quantized, divided between processes).
     """
     folder = Path(folder)
     student = cast(PreTrainedModel, model.get_base_model())
@@ -106,7 +113,7 @@ def save_delta(model: PeftModel, folder: Path | str, base: TeacherPin) -> None:
         config=_function(student.config),
         linearize=student.config.linearize,
         dtype=str(student.dtype).removeprefix("torch."),
-        weights=fingerprint(model),
+        weights=weights or fingerprint(model),
         files={name: sha256_file(folder / name) for name in (ADAPTER_CONFIG, ADAPTER)},
     )
     write_json(folder / DELTA, dataclasses.asdict(delta))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,10 @@ from lolcats_core.runtime import resolve_device
 
 GIB = 2**30
 # Share of a device's measured matrix-product rate that each stage reaches; docs/performance.md says how measured.
-EFFICIENCY = {"cpu": {"transfer": 0.25, "finetune": 0.25}, "cuda": {"transfer": 0.18, "finetune": 0.19}}
+EFFICIENCY = {"cpu": {"transfer": 0.25, "finetune": 0.25}, "cuda": {"transfer": 0.72, "finetune": 0.49}}
 COMMIT = 40
+# Share of a device's memory up to which an estimate counts as fitting.
+FITS = 0.9
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,35 @@ def train_memory(params: Params, shape: ModelShape) -> dict[str, float]:
         "transfer": weights + 16 * maps + tokens["transfer"] * (hybrid + block),
         "finetune": weights + 4 * maps + lora + tokens["finetune"] * kept * (hybrid + block) + logits,
     }
+
+
+def streamed_memory(params: Params, shape: ModelShape) -> float:
+    """Bytes on the training device at the peak of a streamed stage 1: `train_memory` of one layer alone.
+
+    The embedding is there before the first layer, and alone.
+    """
+    wide = 2 if params.compute.precision == "bfloat16" else 4
+    one = replace(shape, layers=1)
+    embeddings = one.parameters - one.layer_parameters
+    whole = train_memory(params, one)["transfer"] - embeddings * wide
+    return max(whole, wide * shape.vocab * shape.hidden)
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of memory of a device, the machine's for the CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def transfer_mode(params: Params, shape: ModelShape, memory: float) -> str:
+    """``joint`` or ``streamed``: what `transfer.mode: auto` means for `memory` bytes on the training device."""
+    if params.transfer.mode != "auto":
+        return params.transfer.mode
+    wide = 2 if params.compute.precision == "bfloat16" else 4
+    # Several processes divide the weights.
+    elsewhere = shape.parameters * wide * (1 - 1 / params.compute.processes)
+    return "joint" if train_memory(params, shape)["transfer"] - elsewhere < FITS * memory else "streamed"
 
 
 def planned_tokens(params: Params) -> dict[str, int | None]:
@@ -170,13 +201,16 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
         device = resolve_device(params.compute.device)
     except UserError:
         device = torch.device("cpu")
-    if device.type == "cuda":
-        have = float(torch.cuda.get_device_properties(device).total_memory)
-    else:
-        have = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    have = device_memory(device)
     findings = []
-    for stage, need in train_memory(params, shape).items():
+    needs = train_memory(params, shape)
+    streamed = transfer_mode(params, shape, have) == "streamed"
+    if streamed:
+        needs["transfer"] = streamed_memory(params, shape)
+    for stage, need in needs.items():
         detail = f"about {need / GIB:.1f} GiB of {have / GIB:.0f} GiB on {device.type}"
+        if stage == "transfer" and streamed:
+            detail += ", one layer at a time"
         if need > have:
             detail += "; lower the batch size, set compute.gradient_checkpointing, or use a larger device"
         findings.append(Finding(f"memory, {stage}", "missing" if need > have else "info", detail))

@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_core.errors import UserError
-from lolcats_core.evaluation.forward import causal_logits
 from lolcats_core.evaluation.perplexity import next_token_targets, perplexity
 from lolcats_core.params import FinetuneParams
+from lolcats_core.segments import plain_model, segmented_loss, summed_loss
 from lolcats_core.training import Rows, TrainResult, train
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         batch: input_ids [B, T]; optional loss_mask [B, T] and position_ids [B, T].
     """
     targets, counted = next_token_targets(batch)
-    logits = causal_logits(model, batch["input_ids"], batch.get("position_ids"))[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    counted = counted.flatten().to(losses.dtype)
-    return (losses * counted).sum() / counted.sum().clamp(min=1)
+    student = plain_model(model)
+    positions = batch.get("position_ids")
+    decoded = student.base_model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False)
+    loss = summed_loss(student, decoded.last_hidden_state[:, :-1], targets, counted)
+    return loss / counted.sum().clamp(min=1)
 
 
 def check_target_modules(student: nn.Module, params: FinetuneParams) -> None:
@@ -88,6 +90,7 @@ def low_rank_finetune(
     scratch: Path,
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    offload_activations: bool = False,
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
 ) -> tuple[PeftModel, TrainResult]:
     """Train LoRA adapters on next-token cross-entropy; the best by validation loss stay.
@@ -95,24 +98,42 @@ def low_rank_finetune(
     Args:
         student: a linearized model after attention transfer; the adapters are put into it.
         scratch: directory of the step checkpoint; the same directory continues a killed run.
+        offload_activations: keep what the backward pass needs in the machine's memory.
 
     Returns:
         The adapted model (`merge_and_unload()` gives the plain one) and what the run did.
 
     Raises:
-        UserError: a target module does not exist, no training rows, or a loss that is not finite.
+        UserError: a target module does not exist, no training rows, a loss that is not finite, or segments together
+            with gradient checkpointing or packed documents.
     """
+    if params.segment_length and gradient_checkpointing:
+        raise UserError(
+            "`finetune.segment_length` must be null with `compute.gradient_checkpointing` (a segment's state would be"
+            f" computed twice), got {params.segment_length}"
+        )
     model = add_lora(student, params, seed)
     if gradient_checkpointing:
         cast(Any, student).gradient_checkpointing_enable({"use_reentrant": False})
         student.enable_input_require_grads()
     device = student.device
 
+    def saved() -> contextlib.AbstractContextManager[Any]:
+        if not offload_activations:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+
     def step(batch: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         model.train()
-        loss = next_token_loss(model, batch)
+        with saved():
+            if params.segment_length:
+                return {"loss": segmented_loss(model, batch, params.segment_length, scale)}
+            loss = next_token_loss(model, batch)
         (loss * scale).backward()
         return {"loss": loss.detach()}
+
+    def weigh(indices: np.ndarray) -> float:
+        return float(next_token_targets(rows.batch(indices))[1].sum())
 
     def evaluate() -> dict[str, float]:
         count = min(len(validation), params.max_eval_rows or len(validation))
@@ -130,5 +151,6 @@ def low_rank_finetune(
         device=device,
         log=log,
         label="low-rank finetuning",
+        weigh=weigh,
     )
     return cast("PeftModel", model.eval()), result

@@ -39,7 +39,7 @@ class ModelShape:
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads or config.num_attention_heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
             tied=bool(config.tie_word_embeddings),

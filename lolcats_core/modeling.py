@@ -8,6 +8,7 @@ transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads what
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -279,9 +280,14 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in named_map_parameters(student).items()}
+    write_feature_maps(named_map_parameters(student), LinearizeConfig(**student.config.linearize), path)
+
+
+def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:
+    """The file of `save_feature_maps` from the maps by their names in the model."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in maps.items()}
     # One entry: safetensors writes several in an order that changes from run to run, and with it the file's hash.
-    metadata = {"linearize": json.dumps(student.config.linearize, sort_keys=True)}
+    metadata = {"linearize": json.dumps(settings.to_dict(), sort_keys=True)}
     with atomic_file(path) as partial:
         save_file(tensors, partial, metadata=metadata)
 
@@ -293,17 +299,7 @@ def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     Raises:
         UserError: the file is missing or damaged, or belongs to another configuration.
     """
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})["linearize"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run stage `transfer` first") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
-    except (KeyError, ValueError):
-        raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
-    check_settings(settings, student.config.linearize, path)
+    tensors = read_feature_maps(path, student.config.linearize)
     expected = named_map_parameters(student)
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())[0]
@@ -313,3 +309,26 @@ def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
             shapes = f"{tuple(tensors[name].shape)} instead of {tuple(parameter.shape)}"
             raise UserError(f"{path}: {name} is {shapes}; made with other `linearize` parameters")
         parameter.copy_(tensors[name])
+
+
+def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of `save_feature_maps` by their names in the model.
+
+    Args:
+        settings: the values of the `LinearizeConfig` that they must have been made with.
+
+    Raises:
+        UserError: the file is missing or damaged, or was made with other settings.
+    """
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            made = json.loads((file.metadata() or {})["linearize"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run stage `transfer` first") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
+    check_settings(made, settings, path)
+    return tensors

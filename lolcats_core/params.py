@@ -32,13 +32,20 @@ def _require(holds: bool, constraint: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class ComputeParams:
-    """`device`: auto, cpu, cuda or cuda:N. `precision`: dtype of frozen weights and activations."""
+    """`device`: auto, cpu, cuda or cuda:N. `precision`: dtype of frozen weights and activations.
+
+    `processes`: how many work on a training stage together, on CUDA each with a GPU of its own. `offload_activations`:
+    keep what stage 2's backward pass needs in the machine's memory.
+    """
 
     device: str = "auto"
+    processes: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
 
     def __post_init__(self) -> None:
+        _require(self.processes >= 1, "`processes` must be at least 1", self.processes)
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
         _require(known, "`device` must be auto, cpu, cuda or cuda:N", self.device)
 
@@ -133,9 +140,15 @@ class TrainingParams:
 
 @dataclass(frozen=True)
 class TransferParams(TrainingParams):
-    """Stage 1, attention transfer. `max_steps: 0` is refused; `enabled: false` skips it (the ablation's row)."""
+    """Stage 1, attention transfer. `max_steps: 0` is refused; `enabled: false` skips it (the ablation's row).
+
+    `mode`: ``joint`` trains all layers in each pass, ``streamed`` one layer after the other with one in memory;
+    ``auto`` takes joint where the model fits. `buffer`: where a streamed run keeps the hidden states.
+    """
 
     enabled: bool = True
+    mode: Literal["auto", "joint", "streamed"] = "auto"
+    buffer: Literal["disk", "memory"] = "disk"
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
 
@@ -150,7 +163,11 @@ class TransferParams(TrainingParams):
 
 @dataclass(frozen=True)
 class FinetuneParams(TrainingParams):
-    """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy)."""
+    """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy).
+
+    `quantize_base`: hold the frozen projections in 4 bits while LoRA trains; the result is merged into the teacher's
+    own weights. `segment_length`: take rows in pieces of so many tokens, the state passed on without gradients.
+    """
 
     lr: float = 1e-4
     lora_rank: int = 8
@@ -158,9 +175,13 @@ class FinetuneParams(TrainingParams):
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_feature_maps: bool = False
+    quantize_base: bool = False
+    segment_length: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        segment = self.segment_length
+        _require(segment is None or segment >= 8, "`segment_length` must be null or at least 8", segment)
         _require(self.lora_rank >= 1, "`lora_rank` must be at least 1", self.lora_rank)
         _require(self.lora_alpha >= 1, "`lora_alpha` must be at least 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "`lora_dropout` must lie in [0, 1)", self.lora_dropout)

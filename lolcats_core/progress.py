@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class _Bar:
 @contextlib.contextmanager
 def progress(total: int, label: str, initial: int = 0) -> Iterator[Progress]:
     """Show how far `label` is, counting from `initial` to `total`."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":  # of several processes the first has the bar
         yield _Lines(total, label, initial)
         return
     from rich.console import Console

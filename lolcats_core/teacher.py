@@ -125,6 +125,18 @@ def locate(pin: TeacherPin, root: Path) -> Path:
     return folder
 
 
+def verified_folder(pin_dir: Path) -> Path:
+    """Directory of the pinned teacher's files, after every byte of them was compared with the pin.
+
+    Raises:
+        UserError: a file changed since the teacher was pinned.
+    """
+    pin = read_pin(pin_dir)
+    folder = locate(pin, _root_of(pin_dir))
+    _verify(pin, folder)
+    return folder
+
+
 def load_teacher(pin_dir: Path, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """The pinned teacher with softmax attention (SDPA), in evaluation mode, its weights frozen.
 
@@ -137,8 +149,7 @@ def load_teacher(pin_dir: Path, *, dtype: torch.dtype, device: torch.device | st
     from transformers import AutoModelForCausalLM
 
     pin = read_pin(pin_dir)
-    folder = locate(pin, _root_of(pin_dir))
-    _verify(pin, folder)
+    folder = verified_folder(pin_dir)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

@@ -2,7 +2,8 @@
 
 Order of the rows, optimiser, learning-rate schedule, clipping, accumulation, validation, best weights, early stopping
 and step checkpoints live here. A run that was killed continues from its last checkpoint and ends in the same weights
-as an undisturbed one: bitwise on a CPU with the same number of threads.
+as an undisturbed one: bitwise on a CPU with the same number of threads. Of several processes (`parallel`) each takes
+its part of every micro-batch, so the order of the rows does not depend on their number, and neither does a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lolcats_core import parallel
 from lolcats_core.errors import UserError
 from lolcats_core.files import atomic_file
 from lolcats_core.params import TrainingParams
@@ -78,6 +80,10 @@ def learning_rate_scale(params: TrainingParams, step: int, steps: int) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def _silent(metrics: dict[str, float], step: int) -> None:
+    """Only rank 0 logs."""
+
+
 class _Plateau:
     """Reduce-on-plateau, mode min, relative threshold 1e-4 (torch's default), stepped at every evaluation."""
 
@@ -119,6 +125,14 @@ class _Run:
             tensor.copy_(weights[name])
 
     def save(self, path: Path, fingerprint: str) -> None:
+        if parallel.world() > 1:
+            # The checkpoint holds the sums of all processes, and from here on rank 0 does.
+            for entry in self.window:
+                for value in entry.values():
+                    parallel.total(value)
+                    value.mul_(float(parallel.is_main()))
+        if not parallel.is_main():
+            return
         state = {
             "fingerprint": fingerprint,
             "weights": self.snapshot(),
@@ -149,7 +163,8 @@ class _Run:
         vars(self.plateau).update(state["plateau"])
         self.bad_evaluations = state["bad_evaluations"]
         device = next(iter(self.trainable.values())).device
-        self.window = [{name: value.to(device) for name, value in entry.items()} for entry in state["window"]]
+        own = float(parallel.is_main())
+        self.window = [{name: value.to(device) * own for name, value in entry.items()} for entry in state["window"]]
         self.result = TrainResult(**state["result"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
@@ -169,6 +184,7 @@ def train(
     log: Callable[[dict[str, float], int], None],
     label: str,
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    weigh: Callable[[np.ndarray], float] = len,
 ) -> TrainResult:
     """Train `trainable` and leave the weights of the lowest validation loss in it.
 
@@ -182,6 +198,7 @@ def train(
         scratch: directory of the step checkpoint.
         log: receives metrics and the optimiser step.
         make_optimizer: AdamW with `lr` and `weight_decay` unless given; its learning rates are scheduled.
+        weigh: what rows count for in the mean that ``loss`` is, where several processes divide a micro-batch.
 
     Raises:
         UserError: the loss is not finite, no row to train on, or the checkpoint is damaged.
@@ -190,6 +207,8 @@ def train(
         raise UserError(f"{label}: there are no training rows")
     if not trainable:
         raise UserError(f"{label}: nothing to train; every layer keeps its softmax attention")
+    if not parallel.is_main():
+        log = _silent
     steps = total_steps(len(rows), params)
     tensors = list(trainable.values())
     run = _Run(trainable, (make_optimizer or _adamw(params))(tensors), params)
@@ -212,9 +231,11 @@ def train(
             batches = step_batches(len(rows), params, seed, run.result.steps)
             count = sum(len(indices) for indices in batches)
             for indices in batches:
-                batch = {name: value.to(device, non_blocking=True) for name, value in rows.batch(indices).items()}
-                share = len(indices) / count
+                mine, weight = parallel.part(indices, weigh)
+                batch = {name: value.to(device, non_blocking=True) for name, value in rows.batch(mine).items()}
+                share = weight * len(indices) / count
                 run.window.append({name: value * share for name, value in step(batch, share).items()})
+            parallel.sum_gradients(tensors)
             norm = torch.nn.utils.clip_grad_norm_(tensors, params.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
@@ -254,7 +275,7 @@ def _mean(window: list[dict[str, Tensor]], steps: int, label: str, step: int) ->
     """Average of the logged scalars over the optimiser steps of the window, read from the device once."""
     steps = min(steps, (step - 1) % steps + 1)
     sums = {name: torch.stack([entry[name].float() for entry in window]).sum() / steps for name in window[0]}
-    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    values = dict(zip(sums, parallel.total(torch.stack(list(sums.values()))).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         raise UserError(f"{label}: the loss is {values['loss']} at step {step}; lower the learning rate `lr`")
     return {f"train_{name}": value for name, value in values.items()}

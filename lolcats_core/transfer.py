@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lolcats_core import parallel
 from lolcats_core.attention import HybridContext, Scores, document_numbers
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -31,8 +32,16 @@ from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_wei
 XENT_BLOCK = 128
 
 
-class _Observer:
-    """Takes each layer's loss during a forward pass; with `scale`, also its gradient."""
+def layer_name(index: int) -> str:
+    """The name under which a layer's error is logged."""
+    return f"layer_{index:03d}"
+
+
+class LossObserver:
+    """Takes each layer's loss during a forward pass; with `scale`, also its gradient.
+
+    `layers` is the number of linearized layers of the model, over which the loss is a mean.
+    """
 
     def __init__(self, layers: int, params: TransferParams, scale: float | None) -> None:
         self.layers, self.params, self.scale = layers, params, scale
@@ -63,7 +72,7 @@ class _Observer:
             loss = loss / self.layers
             if self.scale is not None:
                 (loss * self.scale).backward()
-        self.by_layer[f"layer_{index:03d}"] = mse.detach()
+        self.by_layer[layer_name(index)] = mse.detach()
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
 
     def scalars(self) -> dict[str, Tensor]:
@@ -106,7 +115,7 @@ def transfer_losses(
         batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
         scale: factor on the loss whose gradients are added to the maps' ``.grad``; None computes no gradient.
     """
-    observer = _Observer(len(feature_maps(student)), params, scale)
+    observer = LossObserver(len(feature_maps(student)), params, scale)
     positions = batch.get("position_ids")
     document = None if positions is None else document_numbers(positions)
     context = HybridContext(observer=observer, document=document)
@@ -120,14 +129,37 @@ def evaluate_transfer(
     student: PreTrainedModel, rows: Rows, params: TransferParams, device: torch.device
 ) -> dict[str, float]:
     """Validation losses of stage 1 over at most `max_eval_rows` rows, weighted by rows."""
-    sums: dict[str, float] = {}
     count = min(len(rows), params.max_eval_rows or len(rows))
-    for start in range(0, count, params.batch_size):
-        indices = np.arange(start, min(start + params.batch_size, count))
+
+    def losses(indices: np.ndarray) -> dict[str, Tensor]:
         batch = {name: value.to(device) for name, value in rows.batch(indices).items()}
-        for name, value in transfer_losses(student, batch, params).items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(indices)
-    return {name: value / count for name, value in sums.items()}
+        return transfer_losses(student, batch, params)
+
+    return mean_losses(losses, count, params.batch_size)
+
+
+def mean_losses(losses: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, float]:
+    """Mean of `losses` over rows 0 … count - 1, by batches, divided between the processes."""
+    sums: dict[str, Any] = {}
+    batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    for indices, real in parallel.rounds(batches):
+        for name, value in losses(indices).items():
+            sums[name] = sums.get(name, 0.0) + value.double() * (len(indices) * real)
+    totals = parallel.total(torch.stack(list(sums.values()))).tolist()
+    return {name: value / count for name, value in zip(sums, totals, strict=True)}
+
+
+def check_cross_entropy(rows: Rows, params: TransferParams) -> None:
+    """Refuse the quadratic term on packed documents.
+
+    Raises:
+        UserError: both are asked for.
+    """
+    if params.xent_weight and "position_ids" in rows.batch(np.arange(1)):
+        raise UserError(
+            f"`transfer.xent_weight` must be 0 with `data.packing: documents` (the term has no document mask),"
+            f" got {params.xent_weight}"
+        )
 
 
 def attention_transfer(
@@ -150,11 +182,7 @@ def attention_transfer(
     Raises:
         UserError: nothing to train, packed documents with `xent_weight`, or a loss that is not finite.
     """
-    if params.xent_weight and "position_ids" in rows.batch(np.arange(1)):
-        raise UserError(
-            f"`transfer.xent_weight` must be 0 with `data.packing: documents` (the term has no document mask),"
-            f" got {params.xent_weight}"
-        )
+    check_cross_entropy(rows, params)
     student.eval()
     device = student.device
     return train(

@@ -326,6 +326,45 @@ def doctor(preset: Preset = None, set: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+@_one_line_errors
+def plan(
+    preset: Preset = None,
+    tokens: Annotated[str, typer.Option(help="Trained in each stage, all epochs together, such as 20M.")] = "20M",
+    gpus: Annotated[str, typer.Option(help="Such as 1xh200 or 8xh100.")] = "1xh200",
+    set: Overrides = None,
+) -> None:
+    """Memory, disk and hours of each way to run both training stages, and the best on these GPUs."""
+    setup_logging(logging.WARNING)
+    root = find_root()
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lolcats_core import plan as costs
+    from lolcats_core.doctor import GIB, duration, model_shape
+    from lolcats_core.errors import UserError
+    from lolcats_core.params import read_yaml
+    from tasks import experiment
+
+    chosen = experiment.overrides(preset, _parse_overrides(set))
+    _, params = experiment.overridden(root, read_yaml(root / "params.yaml"), chosen)
+    shape = model_shape(params, root)
+    if shape is None:
+        raise UserError(f"the shape of {params.teacher.source} is unknown until its config.json can be read")
+    count, kind = costs.parse_gpus(gpus)
+    columns = ("stage", "mode", "GiB per GPU", "GiB of memory", "GiB of disk", "time", "")
+    table = Table(*columns, box=box.SIMPLE_HEAD)
+    for choice in costs.plan(params, shape, costs.parse_tokens(tokens), count, kind):
+        sizes = (f"{size / GIB:,.1f}" for size in (choice.memory, choice.host, choice.disk))
+        note = "best" if choice.best else "" if choice.fits else "does not fit"
+        table.add_row(choice.stage, choice.mode, *sizes, duration(choice.seconds), note)
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    known = costs.GPUS[kind]
+    source = "measured" if known.measured else "70 % of the datasheet's, not measured"
+    print(f"{kind}: {known.rate / 1e12:.0f} TFLOP/s ({source}); estimates, see docs/scale.md")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     help="Pretrain the built-in teacher (`lolcats teacher --help` lists the options).",

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
-from lolcats_core import linearize, load_feature_maps, low_rank_finetune, save_delta
+from lolcats_core import linearize, load_feature_maps, low_rank_finetune, parallel, save_delta
 from lolcats_core.finetune import check_target_modules
-from lolcats_core.runtime import resolve_device, resolve_dtype
-from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin
+from lolcats_core.loading import load_student
+from lolcats_core.merging import base_fingerprint, save_merged
+from lolcats_core.runtime import resolve_dtype
+from lolcats_core.streaming.weights import WeightFiles
+from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin, verified_folder
 from tasks.figures import loss_figure
 from tasks.stage import Stage, main
 from tasks.training_outputs import open_rows, training_metrics, write_history
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def run(stage: Stage) -> Mapping[str, float]:
     """Write model/ (merged, with tokenizer), adapter/ (the delta) and history.jsonl; metrics of the training."""
     params = stage.params
-    device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
+    device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
-    teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-    student = linearize(teacher, params.linearize, seed=params.seed)
-    check_target_modules(student, params.finetune)
+    pin = read_pin(stage.input("teacher"))
+    # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
+    by_layer = params.finetune.quantize_base or parallel.world() > 1
+    if by_layer:
+        folder = verified_folder(stage.input("teacher"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=pin.trust_remote_code)
+        quantized = params.finetune.quantize_base
+        student = load_student(folder, config, params.linearize, device=device, dtype=dtype, quantized=quantized)
+    else:
+        teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+        student = linearize(teacher, params.linearize, seed=params.seed)
     load_feature_maps(student, stage.input("transfer") / "feature_maps.safetensors")
+    check_target_modules(student, params.finetune)
     total = sum(p.numel() for p in student.parameters())
     adapted, result = low_rank_finetune(
         student,
@@ -34,17 +50,30 @@ def run(stage: Stage) -> Mapping[str, float]:
         scratch=stage.scratch,
         seed=params.seed,
         gradient_checkpointing=params.compute.gradient_checkpointing,
+        offload_activations=params.compute.offload_activations,
         log=stage.log_metrics,
     )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     stage.log_figure("finetune_loss.png", loss_figure(result.history, "Low-rank finetuning"))
     write_history(stage.out / "history.jsonl", result)
-    save_delta(adapted, stage.out / "adapter", read_pin(stage.input("teacher")))
-    merged = cast(PreTrainedModel, adapted.merge_and_unload())
-    merged.save_pretrained(stage.out / "model")
+    if by_layer:
+        _write_from_files(stage, adapted, WeightFiles(folder), dtype)
+    else:
+        save_delta(adapted, stage.out / "adapter", pin)
+        cast(PreTrainedModel, adapted.merge_and_unload()).save_pretrained(stage.out / "model")
     load_tokenizer(stage.input("teacher")).save_pretrained(stage.out / "model")
     return training_metrics(result, trainable, total)
 
 
+def _write_from_files(stage: Stage, adapted: PeftModel, files: WeightFiles, dtype: torch.dtype) -> None:
+    """adapter/ and model/ where the base in memory is not the teacher's own."""
+    if parallel.is_main():
+        weights = base_fingerprint(adapted.get_base_model(), files, dtype)
+        save_delta(adapted, stage.out / "adapter", read_pin(stage.input("teacher")), weights)
+        save_merged(adapted, files, dtype, stage.out / "model")
+    files.close()
+    parallel.barrier()
+
+
 if __name__ == "__main__":
-    main(run)
+    main(run, parallel=True)

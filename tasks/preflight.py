@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
+from lolcats_core import doctor
+from lolcats_core.doctor import GIB, device_memory, streamed_memory, train_memory
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.finetune import check_target_modules
+from lolcats_core.known_models import ModelShape
 from lolcats_core.modeling import empty_student
 from lolcats_core.params import Params
 from lolcats_core.teacher import locate, read_pin
+
+logger = logging.getLogger(__name__)
+
+
+def transfer_mode(params: Params, config: Any, device: torch.device) -> str:
+    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
+    shape = ModelShape.from_config(config)
+    memory = device_memory(device)
+    mode = doctor.transfer_mode(params, shape, memory)
+    need = {"joint": train_memory(params, shape)["transfer"], "streamed": streamed_memory(params, shape)}[mode]
+    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
+    return mode
 
 
 def check(params: Params, pin_dir: Path, root: Path) -> None:
@@ -21,7 +38,7 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
 
     Raises:
         UserError: the maps or LoRA do not fit the teacher's shape, a row or a recall string is longer than its context,
-            or an evaluation task does not exist.
+            segments meet packed documents or checkpointing, or an evaluation task does not exist.
     """
     pin = read_pin(pin_dir)
     config = AutoConfig.from_pretrained(locate(pin, root), trust_remote_code=pin.trust_remote_code)
@@ -36,5 +53,9 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     for name, length in longest.items():
         if pin.context is not None and length > pin.context:
             raise UserError(f"`{name}` must be at most the teacher's context of {pin.context} tokens, got {length}")
+    segment = params.finetune.segment_length
+    if segment and (params.compute.gradient_checkpointing or params.data.packing == "documents"):
+        reason = "`data.packing: documents`" if params.data.packing == "documents" else "gradient checkpointing"
+        raise UserError(f"`finetune.segment_length` must be null with {reason}, got {segment}")
     for task in (*params.evaluate.tasks, *params.evaluate.num_fewshot):
         task_folder(task, ())

@@ -18,11 +18,12 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -33,11 +34,15 @@ from tasks.logs import quiet_progress_bars, setup_logging
 from tasks.processes import end_with, process_of
 from tasks.tracking import Run, device_tags, finite, first_line
 
+if TYPE_CHECKING:
+    import torch
+
 logger = logging.getLogger(__name__)
 FLOW_VARIABLE = "LOLCATS_FLOW_PID"
 RESULTS_VARIABLE = "LOLCATS_RESULTS"
 STATE = "run.json"
 ERROR = "error.txt"
+RANK = "RANK"  # set by torchrun
 
 
 class Terminated(BaseException):
@@ -47,12 +52,23 @@ class Terminated(BaseException):
 class Stage:
     """What `run` gets: where to read, where to write, where to keep resume state, and how to log."""
 
-    def __init__(self, name: str, root: Path, params: Params, out: Path, scratch: Path, run: Run) -> None:
+    def __init__(self, name: str, root: Path, params: Params, out: Path, scratch: Path, run: Run | _NoRun) -> None:
         self.name, self.root, self.params = name, root, params
         self.out, self.scratch = out, scratch
         self._run = run
         # Measurements that outlive the stage; a worktree shares those of the checkout that it hangs from.
         self.results = Path(os.environ.get(RESULTS_VARIABLE) or root / ".scratch" / "results")
+
+    def device(self) -> torch.device:
+        """Where the stage computes, after joining the other processes if there are any.
+
+        Raises:
+            UserError: this machine has no such device.
+        """
+        from lolcats_core import parallel
+        from lolcats_core.runtime import resolve_device
+
+        return parallel.start(resolve_device(self.params.compute.device))
 
     def input(self, stage: str) -> Path:
         """The output directory of an earlier stage.
@@ -125,8 +141,12 @@ def _content(path: Path, dep: str, stage: str) -> str:
     return digest.hexdigest()
 
 
-def main(run: Callable[[Stage], Mapping[str, float]], name: str | None = None) -> None:
-    """Run one stage in the current directory and exit: 0, 1 after one line for the user, 143 or 130 when ended."""
+def main(run: Callable[[Stage], Mapping[str, float]], name: str | None = None, parallel: bool = False) -> None:
+    """Run one stage in the current directory and exit: 0, 1 after one line for the user, 143 or 130 when ended.
+
+    Args:
+        parallel: the stage can be done by several processes; it is when `compute.processes` says so.
+    """
     stage_name = name or Path(run.__code__.co_filename).stem
     parser = argparse.ArgumentParser(
         prog=f"python -m tasks.{stage_name}",
@@ -134,9 +154,57 @@ def main(run: Callable[[Stage], Mapping[str, float]], name: str | None = None) -
         "`dvc repro` does so when its inputs changed.",
     )
     parser.parse_args()
-    setup_logging()
+    if parallel and RANK not in os.environ:
+        _launch(stage_name, Path.cwd())
+    setup_logging(logging.INFO if _rank() == 0 else logging.ERROR)
     signal.signal(signal.SIGTERM, raise_terminated)
     sys.exit(execute(run, stage_name, Path.cwd()))
+
+
+def _launch(name: str, root: Path) -> None:
+    """Become torchrun with `compute.processes` processes of this stage, if that is more than one."""
+    try:
+        processes = load_params(root / "params.yaml").compute.processes
+    except UserError:
+        return  # said by `execute`
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        os.execv(sys.executable, [sys.executable, *torchrun, "-m", f"tasks.{name}"])
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started; 0 alone."""
+    return int(os.environ.get(RANK, "0"))
+
+
+class _NoRun:
+    """What the processes besides rank 0 log to."""
+
+    def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        pass
+
+    def log_text(self, text: str, path: str) -> None:
+        pass
+
+    def log_dataset(self, *arguments: Any) -> None:
+        pass
+
+
+def _follow(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) -> None:
+    """The part of a process besides rank 0, which does the work and writes nothing."""
+    from lolcats_core import parallel
+    from lolcats_core.runtime import seed_everything
+
+    params = load_params(root / "params.yaml")
+    seed_everything(params.seed)
+    quiet_progress_bars()
+    scratch = root / ".scratch" / name / scratch_key(name, root, params)
+    with tempfile.TemporaryDirectory(prefix="lolcats-") as out:
+        run(Stage(name, root, params, Path(out), scratch, _NoRun()))
+        parallel.finish()
 
 
 def raise_terminated(signum: int, frame: object) -> None:
@@ -149,11 +217,14 @@ def execute(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) 
     error_file = root / ".scratch" / name / ERROR
     try:
         with contextlib.suppress(OSError):
-            error_file.unlink(missing_ok=True)
+            if _rank() == 0:
+                error_file.unlink(missing_ok=True)
         _watch_ancestors()
-        _run_stage(run, name, root)
+        (_run_stage if _rank() == 0 else _follow)(run, name, root)
     except UserError as error:
         message = " ".join(str(error).split())
+        if _rank() != 0:
+            return 1  # said by rank 0, which has met it as well
         with contextlib.suppress(OSError):
             write_text(error_file, message + "\n")
         print(f"{name}: {message}", file=sys.stderr, flush=True)
@@ -175,6 +246,7 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{scratch} cannot be made: {error.strerror}; remove what is in its place") from None
+    from lolcats_core import parallel
     from lolcats_core.runtime import seed_everything
 
     seed_everything(params.seed)
@@ -190,6 +262,7 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
         with _stage_output(root / "outputs" / name) as out:
             stage = Stage(name, root, params, out, scratch, tracked)
             metrics = finite(run(stage), name)
+            parallel.finish()
             seconds = earlier + time.monotonic() - started
             metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds, **_peaks()}
             write_json(out / "metrics.json", metrics)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lolcats_core import attention_transfer, linearize, save_feature_maps
+import torch
+from transformers import AutoConfig
+
+from lolcats_core import attention_transfer, linearize, parallel
 from lolcats_core.files import write_json
-from lolcats_core.modeling import named_map_parameters
-from lolcats_core.runtime import resolve_device, resolve_dtype
-from lolcats_core.teacher import load_teacher
+from lolcats_core.loading import load_student
+from lolcats_core.modeling import empty_student, named_map_parameters, write_feature_maps
+from lolcats_core.runtime import resolve_dtype
+from lolcats_core.streaming.transfer import streamed_attention_transfer
+from lolcats_core.teacher import load_teacher, locate, read_pin, verified_folder
 from lolcats_core.training import TrainResult
 from tasks import preflight
 from tasks.figures import layer_figure, loss_figure
@@ -20,30 +25,62 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json and history.jsonl; metrics of the training."""
     params = stage.params
     preflight.check(params, stage.input("teacher"), stage.root)
-    device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
+    device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
-    teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-    student = linearize(teacher, params.linearize, seed=params.seed)
-    result = TrainResult()
-    if params.transfer.enabled and named_map_parameters(student):
-        result = attention_transfer(
-            student,
+    pin = read_pin(stage.input("teacher"))
+    config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
+    with torch.device("meta"):
+        shape = empty_student(config, params.linearize)
+    trains = params.transfer.enabled and bool(named_map_parameters(shape))
+    result, streamed = TrainResult(), False
+    if trains and preflight.transfer_mode(params, config, device) == "streamed":
+        streamed = True
+        maps, result = streamed_attention_transfer(
+            verified_folder(stage.input("teacher")),
+            config,
+            params.linearize,
             train_rows,
             validation_rows,
             params.transfer,
             scratch=stage.scratch,
+            device=device,
+            dtype=dtype,
             seed=params.seed,
+            on_disk=params.transfer.buffer == "disk",
             log=stage.log_metrics,
         )
+        # A layer knows only its own error while it trains; the losses over all of them come together here.
+        for entry in result.history:
+            stage.log_metrics({k: v for k, v in entry.items() if k.endswith("_loss")}, int(entry["step"]))
+    else:
+        if parallel.world() > 1:
+            folder = verified_folder(stage.input("teacher"))
+            student = load_student(folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed)
+        else:
+            teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+            student = linearize(teacher, params.linearize, seed=params.seed)
+        maps = dict(named_map_parameters(student))
+        if trains:
+            result = attention_transfer(
+                student,
+                train_rows,
+                validation_rows,
+                params.transfer,
+                scratch=stage.scratch,
+                seed=params.seed,
+                log=stage.log_metrics,
+            )
+    if trains:
         stage.log_figure("transfer_loss.png", loss_figure(result.history, "Attention transfer", log_scale=True))
         stage.log_figure("transfer_layers.png", layer_figure(result.history, "Attention transfer: error by layer"))
-    save_feature_maps(student, stage.out / "feature_maps.safetensors")
+    write_feature_maps(maps, params.linearize, stage.out / "feature_maps.safetensors")
     write_json(stage.out / "linearize.json", {"linearize": params.linearize.to_dict(), "seed": params.seed})
     write_history(stage.out / "history.jsonl", result)
-    trainable = sum(p.numel() for p in named_map_parameters(student).values())
-    metrics = training_metrics(result, trainable, sum(p.numel() for p in student.parameters()))
+    trainable = sum(p.numel() for p in named_map_parameters(shape).values())
+    metrics = training_metrics(result, trainable, sum(p.numel() for p in shape.parameters()))
+    metrics["streamed"] = float(streamed)
     return metrics if result.steps else metrics | {"best_validation_loss": 0.0}
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, parallel=True)

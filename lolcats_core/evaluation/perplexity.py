@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lolcats_core import parallel
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import (
     MAX_FLOAT_LOGITS,
@@ -79,6 +80,7 @@ def perplexity(
     Args:
         device: where the batches go; by default where the model is.
         name: what errors call the model.
+        (Of several processes each takes some of the batches; the result is that of all.)
         on_rows: called with the number of rows after each forward pass.
 
     Raises:
@@ -87,21 +89,25 @@ def perplexity(
     device = torch.device(device) if device is not None else model_device(model)
     total, tokens = 0.0, 0
     step = rows_per_forward(batch_size, int(rows.sequence_length), _vocab_size(model, rows))
+    count = len(rows) if max_rows is None else min(len(rows), max_rows)
     with evaluating(model):
-        for first, batch in _batches(rows, step, max_rows):
+        for first, real in parallel.rounds(range(0, count, step)):
+            batch = rows.batch(range(first, min(first + step, count)))
             batch = {column: values.to(device) for column, values in batch.items()}
             targets, counted = next_token_targets(batch)
             logits = causal_logits(model, batch["input_ids"], batch.get("position_ids"))[:, :-1]
-            loss = _summed_cross_entropy(logits, targets, counted)
+            loss = summed_cross_entropy(logits, targets, counted)
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of {name} is {loss} in rows {first} to {first + len(targets) - 1}; it has diverged: "
                     "lower the learning rate of the stage that trained it, or use `compute.precision: float32`"
                 )
-            total += loss
-            tokens += int(counted.sum())
+            total += loss * real
+            tokens += int(counted.sum()) * int(real)
             if on_rows is not None:
                 on_rows(len(targets))
+    sums = parallel.total(torch.tensor([total, tokens], dtype=torch.float64, device=device)).tolist()
+    total, tokens = sums[0], int(sums[1])
     return PerplexityResult.from_sum(total, _require_tokens(tokens, rows))
 
 
@@ -161,7 +167,7 @@ def _pairs(batch: dict[str, Tensor], vocab_size: int) -> np.ndarray:
     return codes[counted].cpu().numpy()
 
 
-def _summed_cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
+def summed_cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor) -> float:
     """Sum over counted targets, a slice of positions at a time so that the fp32 copy of the logits stays small."""
     vocab_size = logits.shape[-1]
     width = max(1, MAX_FLOAT_LOGITS // (vocab_size * len(logits)))

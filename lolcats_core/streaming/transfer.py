@@ -1,0 +1,339 @@
+"""Stage 1 of a model that does not fit: layer after layer, each trained for all its epochs before the next is read.
+
+The layers' maps are independent given the teacher's hidden states, so one layer's weights and one buffer of hidden
+states are all that is needed (the published way stores every block's inputs). Training needs only the attention of a
+layer; its whole forward pass runs once, when the buffer moves on.
+
+Differences to the joint mode: the gradient norm is clipped, the rate lowered and the best step chosen for each layer
+by itself. With a constant or cosine schedule, no clipping and the last step as the best, the maps are the same to
+rounding.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lolcats_core import parallel
+from lolcats_core.config import LinearizeConfig
+from lolcats_core.errors import UserError
+from lolcats_core.feature_maps import FeatureMaps
+from lolcats_core.files import atomic_file
+from lolcats_core.modeling import empty_student, feature_maps
+from lolcats_core.params import TransferParams
+from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
+from lolcats_core.streaming.sweep import StopForward, Sweep
+from lolcats_core.streaming.weights import WeightFiles, without_weights
+from lolcats_core.training import Rows, TrainResult, step_batches, total_steps, train
+from lolcats_core.transfer import LossObserver, check_cross_entropy, mean_losses
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training and validation rows as one set; the number of a row is its place in the buffer.
+
+    `train` holds the rows that training will see, in order; `validation` how many rows follow them.
+    """
+
+    rows: Rows
+    held_out: Rows
+    train: np.ndarray
+    validation: int
+
+    @classmethod
+    def plan(cls, rows: Rows, held_out: Rows, params: TransferParams, seed: int) -> Calibration:
+        steps = range(total_steps(len(rows), params))
+        seen = [indices for step in steps for indices in step_batches(len(rows), params, seed, step)]
+        used = np.unique(np.concatenate(seen)) if seen else np.arange(0)
+        return cls(rows, held_out, used, min(len(held_out), params.max_eval_rows or len(held_out)))
+
+    def __len__(self) -> int:
+        return len(self.train) + self.validation
+
+    def batch(self, places: np.ndarray) -> dict[str, Tensor]:
+        """The tokens of rows by their places in the buffer, all training rows or all validation rows."""
+        if places[0] < len(self.train):
+            return self.rows.batch(self.train[places])
+        return self.held_out.batch(places - len(self.train))
+
+    def groups(self, places: range, size: int) -> list[np.ndarray]:
+        """`places` in batches of at most `size` that do not mix training and validation rows."""
+        edge = len(self.train)
+        parts = (range(places.start, min(places.stop, edge)), range(max(places.start, edge), places.stop))
+        return [np.arange(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
+
+
+class _HiddenRows:
+    """The training rows as `train` reads them: a layer's inputs instead of token ids."""
+
+    def __init__(self, calibration: Calibration, buffer: HiddenBuffer, layer: int) -> None:
+        self.calibration, self.buffer, self.layer = calibration, buffer, layer
+        self.sequence_length = calibration.rows.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.calibration.rows)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+        return self.at(np.searchsorted(self.calibration.train, np.asarray(indices)))
+
+    def at(self, places: np.ndarray) -> dict[str, Tensor]:
+        batch = self.calibration.batch(places)
+        del batch["input_ids"]
+        return {**batch, "hidden": self.buffer.read(self.layer, places)}
+
+
+class StreamedTransfer:
+    """Stage 1 by layers; see `streamed_attention_transfer`."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        names: dict[FeatureMaps, str],
+        calibration: Calibration,
+        params: TransferParams,
+        *,
+        scratch: Path,
+        seed: int,
+        log: Callable[[dict[str, float], int], None],
+        on_disk: bool,
+        block_bytes: int = BLOCK,
+    ) -> None:
+        self.sweep, self.calibration, self.params = sweep, calibration, params
+        self.scratch, self.seed, self.log = scratch, seed, log
+        self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
+        self.names = names
+        self.generator = torch.Generator().manual_seed(seed)
+        config = cast(Any, sweep.model.config)
+        self.make_buffer = lambda writer: HiddenBuffer(
+            len(calibration),
+            calibration.rows.sequence_length,
+            config.hidden_size,
+            sweep.dtype,
+            params.batch_size,
+            folder=scratch if on_disk else None,
+            device=sweep.device,
+            writer=writer,
+            block_bytes=block_bytes,
+        )
+
+    def run(self) -> None:
+        """Train every layer that is not trained yet."""
+        if parallel.is_main():
+            self.buffer = self.make_buffer(True)
+        parallel.barrier()
+        if not parallel.is_main():
+            self.buffer = self.make_buffer(False)
+            self.buffer.layer, self.buffer.done = -1, -1
+        self.buffer.layer, self.buffer.done = parallel.broadcast((self.buffer.layer, self.buffer.done))
+        if self.buffer.layer == 0 and not self.buffer.complete:
+            with self.sweep.end("embedding"):
+                self._advance(0, self.sweep.embed)
+        last = max(self.maps)
+        for index in range(last + 1):
+            moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
+            initial = self._initial(index)
+            if self._done(index) and (moved_on or index == last):
+                continue
+            with self.sweep.layer(index) as layer:
+                if not self._done(index):
+                    if self.buffer.layer != index:
+                        raise UserError(f"{self._file(index)} is gone; delete {self.scratch} to start stage 1 again")
+                    self._train(index, layer, initial)
+                if index < last:
+                    self._propagate(index)
+
+    def _initial(self, index: int) -> dict[str, Tensor]:
+        """Initial maps of a layer, the draws of `linearize`, which come in the order of the layers."""
+        if index not in self.maps:
+            return {}
+        maps = self.maps[index].to_empty(device="cpu")
+        maps.reset_parameters(self.generator)
+        values = {name: p.detach().clone() for name, p in maps.named_parameters()}
+        maps.to("meta")
+        return values
+
+    def _file(self, index: int) -> Path:
+        return self.scratch / f"layer_{index:03d}.safetensors"
+
+    def _result(self, index: int) -> Path:
+        return self.scratch / f"layer_{index:03d}.result.pt"
+
+    def _done(self, index: int) -> bool:
+        return index not in self.maps or parallel.broadcast(self._file(index).is_file())
+
+    def _train(self, index: int, layer: nn.Module, initial: dict[str, Tensor]) -> None:
+        maps, sweep, params = self.maps[index], self.sweep, self.params
+        wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
+        for name, value in initial.items():
+            maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
+        rows = _HiddenRows(self.calibration, self.buffer, index)
+
+        def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
+            observer = LossObserver(len(self.maps), params, scale)
+
+            def observe(*arguments: Any) -> None:
+                observer(*arguments)
+                raise StopForward
+
+            sweep.forward_layer(index, batch["hidden"], batch, observe)
+            return observer.scalars()
+
+        def held_out(indices: np.ndarray) -> dict[str, Tensor]:
+            batch = rows.at(indices + len(self.calibration.train))
+            return losses({name: value.to(sweep.device) for name, value in batch.items()})
+
+        own_scratch = self.scratch / f"layer_{index:03d}"
+        result = train(
+            trainable=dict(maps.named_parameters()),
+            step=losses,
+            rows=rows,
+            params=params,
+            evaluate=lambda: mean_losses(held_out, self.calibration.validation, params.batch_size),
+            scratch=own_scratch,
+            seed=self.seed,
+            device=sweep.device,
+            log=lambda metrics, step: self.log(_of_layers(metrics), step),
+            label=f"attention transfer, layer {index} (of {len(sweep.layers)})",
+        )
+        if parallel.is_main():
+            tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
+            with atomic_file(self._result(index)) as partial:
+                torch.save(vars(result), partial)
+            with atomic_file(self._file(index)) as partial:
+                save_file(tensors, partial)
+            shutil.rmtree(own_scratch, ignore_errors=True)
+        parallel.barrier()
+
+    def _propagate(self, index: int) -> None:
+        """Overwrite the inputs of layer `index` with those of the next."""
+        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, _look_away))
+
+    def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
+        buffer, device = self.buffer, self.sweep.device
+        for block in buffer.next_block(target):
+            for places in self.calibration.groups(buffer.block_rows(block), self.params.batch_size):
+                mine, share = parallel.part(places)
+                if not share:
+                    continue
+                batch = self.calibration.batch(mine)
+                if target:
+                    batch = {**batch, "hidden": buffer.read(target - 1, mine)}
+                    del batch["input_ids"]
+                out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+                buffer.write(target, mine, cast(Tensor, out))
+            buffer.settle()
+            parallel.barrier()
+            buffer.commit(target, block)
+            parallel.barrier()
+
+    def collect(self) -> tuple[dict[str, Tensor], TrainResult]:
+        """Every layer's maps by their names in the model, and the run as the joint mode would tell it."""
+        tensors: dict[str, Tensor] = {}
+        results = []
+        for index, maps in self.maps.items():
+            tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
+            results.append(TrainResult(**torch.load(self._result(index), weights_only=True)))
+        return tensors, _merged(results)
+
+
+def _look_away(*_: Any) -> None:
+    """The observer of a pass that only needs the teacher's outputs."""
+
+
+def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
+    """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
+    return {name: value for name, value in metrics.items() if "layer_" in name}
+
+
+def _merged(results: list[TrainResult]) -> TrainResult:
+    """The layers' runs as one: losses (each a share of the mean over layers) add up at equal steps."""
+    entries: dict[tuple[float, bool], dict[str, float]] = {}
+    for result in results:
+        for entry in result.history:
+            key = (entry["step"], "train_loss" not in entry)
+            merged = entries.setdefault(key, {"step": entry["step"]})
+            for name, value in entry.items():
+                if name.endswith("loss"):
+                    merged[name] = merged.get(name, 0.0) + value
+                elif "layer_" in name or name == "lr":
+                    merged[name] = value
+    history = [entries[key] for key in sorted(entries)]
+    return TrainResult(
+        steps=max(result.steps for result in results),
+        tokens=max(result.tokens for result in results),
+        seconds=sum(result.seconds for result in results),
+        best_loss=sum(result.best_loss for result in results),
+        best_step=max(result.best_step for result in results),
+        history=history,
+    )
+
+
+def streamed_attention_transfer(
+    folder: Path | str,
+    config: PreTrainedConfig,
+    settings: LinearizeConfig,
+    rows: Rows,
+    validation: Rows,
+    params: TransferParams,
+    *,
+    scratch: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    on_disk: bool = True,
+    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    block_bytes: int = BLOCK,
+) -> tuple[dict[str, Tensor], TrainResult]:
+    """Stage 1 with one layer of the teacher in memory at a time.
+
+    Args:
+        folder: the teacher's safetensors files; `config`: its configuration.
+        settings: of the linearization; feature maps start as `linearize` makes them with `seed`.
+        scratch: directory of finished layers, the step checkpoint and the buffer; the same one continues a killed run.
+        on_disk: keep the hidden states in a file there, where a killed run finds them; in memory they are computed
+            again up to the layer that was being trained.
+
+    Returns:
+        Every feature map by its name in the student, on the CPU, and what the run did.
+
+    Raises:
+        UserError: the model cannot be linearized, its files are damaged, nothing is to be trained, or the buffer does
+            not fit on the disk.
+    """
+    check_cross_entropy(rows, params)
+    if parallel.world() > 1 and not on_disk:
+        raise UserError("`transfer.buffer` must be disk with several processes, which share its file, got memory")
+    student = without_weights(lambda: empty_student(config, settings))
+    names = {maps: name for name, maps in feature_maps(student).items()}
+    if not names:
+        raise UserError("attention transfer: nothing to train; every layer keeps its softmax attention")
+    if len(rows) == 0:
+        raise UserError("attention transfer: there are no training rows")
+    sweep = Sweep(student, WeightFiles(folder), device, dtype)
+    try:
+        calibration = Calibration.plan(rows, validation, params, seed)
+        work = StreamedTransfer(
+            sweep,
+            names,
+            calibration,
+            params,
+            scratch=scratch,
+            seed=seed,
+            log=log,
+            on_disk=on_disk,
+            block_bytes=block_bytes,
+        )
+        work.run()
+        parallel.barrier()
+        return work.collect()
+    finally:
+        sweep.close()

@@ -1,0 +1,135 @@
+"""A model's weights from memory-mapped safetensors files, a part at a time, and models without weights to take them.
+
+Nothing here holds more than the tensors asked for: what a model of any size needs in memory is one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lolcats_core.errors import UserError
+from lolcats_core.teacher_files import weight_files
+
+M = TypeVar("M", bound=PreTrainedModel)
+# Names in checkpoints that transformers' modules no longer have (GPT-NeoX).
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+
+
+class WeightFiles:
+    """Tensors by name from the safetensors files of a model's directory, later `files` before earlier ones.
+
+    Args:
+        folder: a directory that `save_pretrained` wrote. source: what errors call it.
+        extra: further safetensors files, such as the feature maps of a student whose base is `folder`.
+
+    Raises:
+        UserError: there are no weights, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path | str, source: str | None = None, extra: Iterable[Path] = ()) -> None:
+        folder = Path(folder)
+        self.source = source or str(folder)
+        listed = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+        self._stack = ExitStack()
+        self._where: dict[str, Any] = {}
+        for path in (*(folder / name for name in weight_files(folder, self.source, listed)), *extra):
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"teacher {self.source}: {path.name} cannot be read ({error})") from None
+            self._where |= {RENAMED.get(name, name): (file, name) for name in file.keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor in CPU memory, in the dtype of the file.
+
+        Raises:
+            UserError: no file has it.
+        """
+        if name not in self._where:
+            raise UserError(f"teacher {self.source}: the weights lack {name}; fetch or copy the model again")
+        file, stored = self._where[name]
+        return file.get_tensor(stored)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def without_weights(make: Callable[[], M]) -> M:
+    """The model that `make` builds with its parameters on ``meta`` and its buffers (rotary frequencies) real."""
+    from accelerate import init_empty_weights  # peft's own dependency; slow to import
+
+    with init_empty_weights(include_buffers=False):
+        model = make()
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def names_in(model: nn.Module, module: nn.Module) -> dict[str, str]:
+    """Name in `module` -> name in `model` of each parameter; tied ones have the name of the first of them."""
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    return {name: canonical[id(p)] for name, p in module.named_parameters()}
+
+
+def read(files: WeightFiles, names: dict[str, str], pin: bool) -> dict[str, Tensor]:
+    """The tensors of `names_in`, in memory (not mapped), page-locked with `pin`."""
+    tensors = {name: files[stored] for name, stored in names.items()}
+    return {name: tensor.pin_memory() if pin else tensor for name, tensor in tensors.items()}
+
+
+def put(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    """Give `module` its weights on `device`; feature maps stay float32, everything else becomes `dtype`.
+
+    Raises:
+        UserError: a tensor has another shape than the module.
+    """
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    moved = {}
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise UserError(f"the weights have {tuple(tensor.shape)} for {name}, the model {tuple(shapes[name])}")
+        wanted = torch.float32 if "feature_maps." in name and dtype != torch.float64 else dtype
+        moved[name] = tensor.to(device, wanted, non_blocking=True)
+    module.load_state_dict(moved, strict=False, assign=True)
+    for child in module.modules():
+        for key, buffer in child.named_buffers(recurse=False):
+            setattr(child, key, buffer.to(device))
+
+
+def drop(module: nn.Module) -> None:
+    """Take the weights of `module` away; its buffers stay."""
+    for child in module.modules():
+        for key, parameter in child.named_parameters(recurse=False):
+            child._parameters[key] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+class Prefetcher:
+    """Reads the weights of the next part on a thread of its own while the device works on this one."""
+
+    def __init__(self, files: WeightFiles, pin: bool) -> None:
+        self.files, self.pin = files, pin
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._next: tuple[dict[str, str], Future[dict[str, Tensor]]] | None = None
+
+    def start(self, names: dict[str, str]) -> None:
+        """Begin to read `names`; what was begun before is dropped."""
+        self._next = names, self._pool.submit(read, self.files, names, self.pin)
+
+    def take(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """The tensors of `names`, from the thread if they were begun."""
+        begun, self._next = self._next, None
+        return begun[1].result() if begun is not None and begun[0] == names else read(self.files, names, self.pin)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
