@@ -24,13 +24,14 @@ from typing import Literal
 
 import yaml
 
-from lolcats_core.errors import UserError
+from lolcats_core.errors import Unavailable, UserError
 from tasks.processes import GRACE_SECONDS, end_group
 
 logger = logging.getLogger(__name__)
 State = Literal["ran", "restored", "unchanged"]
 LOCK_RETRIES = 10
 LOCK_WAIT_SECONDS = 3.0
+ALWAYS = "always changed"
 _BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "failed to lock")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NOISE = re.compile(
@@ -135,27 +136,39 @@ def stages(root: Path) -> list[str]:
 
 
 def changed(root: Path) -> dict[str, list[str]]:
-    """Stages whose outputs are not those of the current inputs, each with what changed."""
+    """Stages whose outputs are not those of the current inputs, each with what changed.
+
+    A stage that DVC always runs counts where it did not run, or its code or parameters changed.
+    """
     status = json.loads(run_dvc(root, "status", "--json") or "{}")
     found: dict[str, list[str]] = {}
     for stage, entries in status.items():
         reasons = []
         for entry in entries:
             if isinstance(entry, str):
-                reasons.append(entry)
+                if entry != ALWAYS:
+                    reasons.append(entry)
                 continue
             for kind, files in entry.items():
                 names = list(files) if isinstance(files, dict) else [str(files)]
                 reasons.append(f"{kind}: {', '.join(names)}")
-        found[stage] = reasons
+        if reasons:
+            found[stage] = reasons
     return found
 
 
 def push_if_remote(root: Path) -> bool:
-    """`dvc push` where a default remote is configured; says whether it did."""
+    """`dvc push` where a default remote is configured; says whether it did.
+
+    Raises:
+        Unavailable: the remote did not take everything.
+    """
     if not run_dvc(root, "config", "--list").count("core.remote="):
         return False
-    run_dvc(root, "push", "--run-cache")
+    try:
+        run_dvc(root, "push", "--run-cache")
+    except UserError as error:
+        raise Unavailable(str(error)) from None
     return True
 
 
