@@ -66,8 +66,8 @@ def _absolute(root: Path, source: str) -> str:
     return os.path.normpath(root / source) if local else source
 
 
-def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> Experiment:
-    """Make, or bring back, the worktree for these overrides.
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Experiment:
+    """Make, or bring back, the worktree for these overrides; `name` instead of one made of them.
 
     Raises:
         UserError: the overrides are wrong, or the project is no git checkout with a commit.
@@ -79,7 +79,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) ->
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
     if dirty:
         logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
-    name = f"{preset or 'set'}-{sha256_json(chosen)[:8]}".replace("_", "-")
+    name = (name or f"{preset or 'set'}-{sha256_json(chosen)[:8]}").replace("_", "-")
     worktree = root / ".worktrees" / name
     _checkout(root, worktree, commit)
     head = yaml.safe_load(git(worktree, "show", "HEAD:params.yaml"))

@@ -25,6 +25,7 @@ from typing import Literal
 import yaml
 
 from lolcats_core.errors import Unavailable, UserError
+from lolcats_core.params import read_yaml
 from tasks.processes import GRACE_SECONDS, end_group
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,17 @@ def changed(root: Path) -> dict[str, list[str]]:
         if reasons:
             found[stage] = reasons
     return found
+
+
+def refresh(root: Path, env: Mapping[str, str] | None = None) -> None:
+    """Run the stages that DVC always runs, so that `changed` knows what lies outside the project.
+
+    Raises:
+        StageFailed: one of them failed.
+    """
+    for name, entry in (read_yaml(root / "dvc.yaml").get("stages") or {}).items():
+        if isinstance(entry, dict) and entry.get("always_changed"):
+            repro(name, root, env, on_line=logger.info)
 
 
 def push_if_remote(root: Path) -> bool:

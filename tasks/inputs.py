@@ -39,10 +39,8 @@ class Hashes:
         kept = self.old.get(str(file))
         # A file that changed within the clock's last tick could change again without a new time.
         settled = abs(time.time_ns() - state.st_mtime_ns) > 2_000_000_000
-        if settled and isinstance(kept, list) and kept[:-1] == key:
-            digest = str(kept[-1])
-        else:
-            digest = sha256_file(file)
+        known = settled and isinstance(kept, list) and kept[:-1] == key
+        digest = str(self.old[str(file)][-1]) if known else sha256_file(file)
         self.new[str(file)] = [*key, digest]
         return digest
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,15 @@ CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 GATES_TAG, REASONS_TAG = "gates", "gates.reasons"
 MOVE_TAG = "move"
 PROBE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the registry says of a version. `passed`: None before its gates ran."""
+
+    passed: bool | None
+    reasons: str
+    aliases: tuple[str, ...]
 
 
 def _speaks_of_the_store(function: F) -> F:
@@ -97,6 +107,19 @@ def find_version(client: Any, name: str, which: str) -> Any:
 
 
 @_speaks_of_the_store
+def standing(root: Path, name: str, which: str) -> Standing:
+    """Whether a version passed its gates, why not, and the aliases it has.
+
+    Raises:
+        Unavailable: the store cannot be used.
+        UserError: there is no such version.
+    """
+    version = find_version(connect(root), name, which)
+    gates, reasons = version.tags.get(GATES_TAG), version.tags.get(REASONS_TAG, "")
+    return Standing(None if gates is None else gates == "passed", reasons, tuple(sorted(version.aliases)))
+
+
+@_speaks_of_the_store
 def examine(root: Path, name: str, gates: GatesParams, which: str) -> GateReport:
     """Run the gates on a version, keep the report with it, and make it the challenger if it passes.
 
@@ -113,13 +136,13 @@ def examine(root: Path, name: str, gates: GatesParams, which: str) -> GateReport
         champion = None
     with registry.stored_model(client, version) as stored:
         registry.check_bytes(version, stored)
-        evaluation = _evaluation(stored)
+        evaluation = read_evaluation(stored)
         wanted = any(getattr(gates, gate) != "disabled" for gate in PROBED)
         probe = _probe(stored) if wanted else None
     before = None
     if champion is not None:
         with registry.stored_model(client, champion) as stored:
-            before = _evaluation(stored)
+            before = read_evaluation(stored)
     number = str(version.version)
     compared = str(champion.version) if champion is not None else None
     report = GateReport(name, number, compared, judge(gates, evaluation, before, probe))
@@ -217,7 +240,12 @@ def _whole(version: Any) -> Any:
     return version
 
 
-def _evaluation(stored: Path) -> dict[str, Any]:
+def read_evaluation(stored: Path) -> dict[str, Any]:
+    """The evaluation.json that was registered with a version.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         return dict(json.loads((stored / "artifacts" / "evaluation.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
