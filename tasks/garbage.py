@@ -1,4 +1,4 @@
-"""`lolcats gc`: stage results that no checkout, commit, experiment or version points at, and models that no version has.
+"""`lolcats gc`: what no checkout, commit, experiment or version points at, in DVC's cache and in MLflow.
 
 DVC decides what of its cache is used: every branch, tag (each version has one), experiment and worktree counts.
 """

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from tasks.logs import setup_logging
-from tasks.project import find_root
 
 Version = Annotated[str, typer.Argument(help="A number, or an alias such as challenger.")]
 
@@ -23,8 +22,10 @@ def add_to(app: typer.Typer, guard: Callable[[Any], Any]) -> None:
 def _registered() -> tuple[Any, Any]:
     """The project and its parameters."""
     setup_logging(logging.WARNING)
-    root = find_root()
     from lolcats_core.params import load_params
+    from tasks.project import find_root
+
+    root = find_root()
 
     return root, load_params(root / "params.yaml")
 

@@ -169,10 +169,9 @@ def _prefect_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["PREFECT_HOME"] = str(tmp_path_factory.mktemp("prefect"))
 
 
-@pytest.fixture
-def fake_project(tmp_path: Path, empty_store: Path) -> Path:
+def make_fake_project(folder: Path) -> Path:
     """A git checkout with DVC whose five stages count to eight; `pause.txt` holds the seconds per step."""
-    root = tmp_path / "project"
+    root = folder / "project"
     (root / "stages").mkdir(parents=True)
     (root / "stages" / "fake.py").write_text(FAKE_STAGE)
     (root / "dvc.yaml").write_text(FAKE_DVC)
@@ -187,8 +186,15 @@ def fake_project(tmp_path: Path, empty_store: Path) -> Path:
     (root / ".dvc").mkdir()
     for name in ("config", ".gitignore"):
         shutil.copy(ROOT / ".dvc" / name, root / ".dvc" / name)
-    shutil.copy(empty_store, root / "mlflow.db")
     run_git(root, "init", "--quiet")
     run_git(root, "add", "--all")
     run_git(root, "commit", "--quiet", "--message", "start")
+    return root
+
+
+@pytest.fixture
+def fake_project(tmp_path: Path, empty_store: Path) -> Path:
+    """`make_fake_project`, with the tables of MLflow's store made already."""
+    root = make_fake_project(tmp_path)
+    shutil.copy(empty_store, root / "mlflow.db")
     return root
