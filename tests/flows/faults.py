@@ -1,4 +1,4 @@
-"""The fault campaign: processes of a re-linearization are killed at random points, and nothing may be lost or half-done.
+"""The fault campaign: a re-linearization's processes are killed at random points; nothing may be lost or half-done.
 
 ``python -m tests.flows.faults --kills 50 --seed 0`` runs it and prints its counts.
 """
@@ -126,7 +126,7 @@ class Campaign:
             assert yaml.safe_load(run_git(self.project, "show", f"{branch}:dvc.lock"))["stages"]
 
     def settle(self) -> None:
-        """An undisturbed run, after which the student of the present text serves and each text has one whole version."""
+        """An undisturbed run; then the present text's student serves, and each text has one whole version."""
         state = self.run(disturb=False)
         assert state in GOOD, state
         self.undisturbed += 1
