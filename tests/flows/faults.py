@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -24,10 +25,11 @@ import yaml
 
 from lolcats_core.files import sha256_file
 from tasks import registry
+from tasks.processes import end_group
 from tasks.promotion import CHAMPION, PREVIOUS, alias_version
 from tasks.tracking import connect
 from tests.conftest import forget_store, make_fake_project, run_git
-from tests.flows.operations import operate
+from tests.flows.operations import free_port, operate
 from tests.tasks.processes import wait_for
 
 NAME = "lolcats-demo"
@@ -35,10 +37,40 @@ RUN = "from flows.relinearize import relinearize; print('RESULT', relinearize(re
 GOOD = {"Promoted", "UpToDate"}
 
 
+class PrefectServer:
+    """A Prefect server that several runs share, and that is killed like everything else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        wait_for(self._answers, 180, "Prefect's server")
+
+    def _answers(self) -> bool:
+        try:
+            return bool(urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200)
+        except OSError:
+            return False
+
+    def restart(self) -> None:
+        """Kill it without warning and start it anew."""
+        end_group(self.process, 0)
+        self.start()
+
+
 class Campaign:
     """Runs of the flow `relinearize` in a fake project, disturbed or not, and what must hold after each."""
 
-    def __init__(self, project: Path, seed: int) -> None:
+    def __init__(self, project: Path, seed: int, server: PrefectServer | None = None) -> None:
+        self.server = server
         self.project, self.data, self.chance = project, operate(project), random.Random(seed)
         (project / "pause.txt").write_text("0.2")  # so that stages, too, are hit between their steps
         run_git(project, "commit", "--all", "--quiet", "--message", "pause")
@@ -52,6 +84,8 @@ class Campaign:
         log = self.project.parent / "log"
         environment = {**os.environ, "LOLCATS_ROOT": str(self.project), "PREFECT_LOGGING_LEVEL": "INFO"}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        if self.server:
+            environment["PREFECT_API_URL"] = self.server.url
         started = time.monotonic()
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -81,6 +115,12 @@ class Campaign:
         """End one process of the run at once and without warning; what it was, None where the run is over."""
         if process.poll() is not None:
             return None
+        lines = [line for line in log.read_text(errors="replace").splitlines() if "Task run '" in line]
+        place = f"after {lines[-1].split(chr(39))[1]}" if lines else "before the first task"
+        if self.server and self.chance.random() < 0.1:
+            self.server.restart()
+            self.places[place] += 1
+            return "server"
         try:
             flow = psutil.Process(process.pid)
             chosen = self.chance.choice([flow, flow, *flow.children(recursive=True)])
@@ -88,9 +128,7 @@ class Campaign:
             chosen.send_signal(signal.SIGKILL)
         except psutil.Error:
             return None
-        lines = [line for line in log.read_text(errors="replace").splitlines() if "Task run '" in line]
-        done = lines[-1].split("Task run '")[1].partition("'")[0] if lines else "start"
-        self.places[f"after {done}" if done != "start" else "before the first task"] += 1
+        self.places[place] += 1
         return what
 
     def _kind(self, command: list[str]) -> str:
@@ -162,15 +200,20 @@ class Campaign:
 
 def main() -> None:
     """The campaign by hand."""
+    os.environ["PREFECT_CLIENT_MAX_RETRIES"] = "2"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lolcats-faults-") as temporary:
         os.environ["PREFECT_HOME"] = f"{temporary}/prefect"
-        campaign = Campaign(make_fake_project(Path(temporary)), options.seed)
+        server = PrefectServer(Path(temporary))
+        campaign = Campaign(make_fake_project(Path(temporary)), options.seed, server)
         started = time.monotonic()
-        campaign.disturb(options.kills, say=True)
+        try:
+            campaign.disturb(options.kills, say=True)
+        finally:
+            end_group(server.process, 5)
         counts = {
             "kills": sum(campaign.victims.values()),
             "victims": dict(campaign.victims),
