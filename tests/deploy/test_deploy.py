@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prefect.events.actions import CallWebhook
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseJobConfiguration
+
+from flows.automations import automations
 
 ROOT = Path(__file__).parents[2]
 PREFECT = yaml.safe_load((ROOT / "prefect.yaml").read_text())
@@ -94,3 +98,14 @@ def test_what_the_composition_refers_to_exists() -> None:
     created = (ROOT / "deploy" / "postgres-databases.sql").read_text()
     for database in ("prefect", "mlflow"):
         assert f"CREATE DATABASE {database};" in created
+
+
+def test_a_run_that_ended_under_any_name_is_no_zombie_and_a_webhook_is_used_only_where_there_is_one() -> None:
+    deployment, block = uuid.uuid4(), uuid.uuid4()
+    zombies, resume = automations(deployment, None)
+    assert zombies.trigger.expect == {"prefect.flow-run.*"}  # Promoted, UpToDate and Refused among them
+    assert resume.actions[0].deployment_id == deployment
+    (notify,) = automations(deployment, block)[2:]
+    assert isinstance(notify.actions[0], CallWebhook)
+    assert "{{ flow_run.state.message }}" in str(notify.actions[0].payload)
+    assert {"prefect.flow-run.Failed", "prefect.flow-run.Refused"} <= notify.trigger.expect
