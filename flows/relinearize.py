@@ -34,7 +34,7 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None) ->
     """
     root, log = project_root(), get_run_logger()
     chosen = _prepare(root, preset, set)
-    found = _changes(chosen)
+    found = _changes(root, chosen)
     if not found:
         log.info("Nothing changed since the last result.")
         return Completed(name="UpToDate", message="nothing changed since the last result")

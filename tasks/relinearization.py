@@ -57,7 +57,7 @@ def newest_revisions(params: Params, root: Path) -> dict[str, str]:
     return found
 
 
-def changes(chosen: experiment.Experiment) -> dict[str, list[str]]:
+def changes(root: Path, chosen: experiment.Experiment) -> dict[str, list[str]]:
     """What a new run would do, by stage with the reasons; empty where the last one's result still stands.
 
     Code, parameters, the teacher's and the text's files count; and a result that was never registered or examined,
@@ -69,11 +69,11 @@ def changes(chosen: experiment.Experiment) -> dict[str, list[str]]:
     graph.refresh(chosen.root, chosen.environment)
     found = graph.changed(chosen.root)
     if not found:
-        client, name = connect(chosen.root), chosen.params.register.name
+        client, name = connect(root), chosen.params.register.name
         version = registry.find_model(client, name, registry.current_md5(chosen.root))
         if version is None:
             found["register"] = ["the last result was not registered"]
-        elif promotion.standing(chosen.root, name, str(version.version)).passed is None:
+        elif promotion.standing(root, name, str(version.version)).passed is None:
             found["gates"] = ["the last result was not examined"]
     return found
 

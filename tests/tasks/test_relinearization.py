@@ -49,11 +49,11 @@ def test_a_result_that_was_not_registered_or_examined_is_no_finished_one(
     monkeypatch.setattr(graph, "refresh", lambda root, env: None)
     params = load_params(finished / "params.yaml")
     chosen = experiment.Experiment("relinearize", finished, params, {})
-    assert list(relinearization.changes(chosen)) == ["register"]
+    assert list(relinearization.changes(finished, chosen)) == ["register"]
     registry.register(finished, params)
-    assert list(relinearization.changes(chosen)) == ["gates"]
+    assert list(relinearization.changes(finished, chosen)) == ["gates"]
     examine(finished, NAME, UNPROBED, "1")
-    assert relinearization.changes(chosen) == {}
+    assert relinearization.changes(finished, chosen) == {}
 
 
 def test_drift_is_the_champion_s_perplexity_on_recent_text_over_that_on_its_own(finished: Path) -> None:
