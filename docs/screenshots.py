@@ -15,7 +15,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-SETTLE_MILLISECONDS = 20_000
+SETTLE_MILLISECONDS = 30_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -45,7 +45,7 @@ def photograph(browser: str, url: str, file: Path, size: str) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="lolcats-chromium-") as profile:
         command = [browser, "--headless=new", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        command += [f"--window-size={size}", f"--timeout={SETTLE_MILLISECONDS}", f"--screenshot={file}"]
+        command += [f"--window-size={size}", f"--virtual-time-budget={SETTLE_MILLISECONDS}", f"--screenshot={file}"]
         command += ["--disable-gpu", "--disable-background-networking", "--no-first-run"]
         if os.geteuid() == 0:
             command.append("--no-sandbox")
@@ -56,7 +56,7 @@ def photograph(browser: str, url: str, file: Path, size: str) -> None:
 
 
 def main() -> None:
-    """The three pages."""
+    """Both pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=Path("docs/images"))
     parser.add_argument("--model", default="lolcats-demo")
@@ -72,7 +72,6 @@ def main() -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     photograph(browser, f"{mlflow}/#/models/{options.model}", options.to / "operations_registry.png", "1400,800")
     photograph(browser, f"{ui}/runs/flow-run/{run}", options.to / "operations_flow_run.png", "1400,1000")
-    photograph(browser, f"{ui}/deployments", options.to / "operations_deployments.png", "1400,800")
 
 
 if __name__ == "__main__":
