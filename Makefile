@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format status clean distclean
+.PHONY: help setup demo test lint format status serve stop clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,12 @@ format: $(VENV)/.installed ## let ruff rewrite the sources
 
 status: $(VENV)/.installed ## stages, runs and registered versions
 	@$(BIN)/lolcats status
+
+serve: $(VENV)/.installed ## Prefect server, worker and MLflow server on loopback, with the deployments of prefect.yaml
+	@$(BIN)/python -m tasks.services start
+
+stop: $(VENV)/.installed ## end what `make serve` started
+	@$(BIN)/python -m tasks.services stop
 
 clean: ## remove outputs, resume state and worktrees; keep runs, registered models and DVC's cache
 	rm -rf outputs .scratch .worktrees reports/summary.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

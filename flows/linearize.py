@@ -1,4 +1,4 @@
-"""The Prefect flow `linearize`: one task per stage of dvc.yaml, then registration and the summary.
+"""The Prefect flow `linearize`: one task per stage of dvc.yaml, then registration, the gates and the summary.
 
 Names and order only: DVC decides what has to run, `tasks` does it.
 """
@@ -6,42 +6,23 @@ Names and order only: DVC decides what has to run, `tasks` does it.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.project import find_root
+from prefect import Task, flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
 
-
-def _root() -> Path:
-    """The project that the working directory lies in, or else the checkout that holds this file."""
-    try:
-        return find_root()
-    except ValueError:
-        return Path(__file__).parents[1]
-
-
-# Prefect reads its settings when it is imported. A value that is already set wins.
-for _name, _value in {
-    "PREFECT_HOME": str(_root() / ".prefect"),
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
-    "DO_NOT_TRACK": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-from prefect import Task, flow, get_run_logger, task  # noqa: E402
-from prefect.artifacts import create_markdown_artifact  # noqa: E402
-from prefect.cache_policies import NO_CACHE  # noqa: E402
-
-from lolcats_core.params import Params, load_params  # noqa: E402
-from tasks import experiment, graph, registry, summary  # noqa: E402
-from tasks.stage import raise_terminated  # noqa: E402
-from tasks.tracking import PARENT_VARIABLE, Run, close_abandoned, device_tags, first_line  # noqa: E402
+from flows import project_root
+from flows.delivery import promote_version, register_model, run_gates
+from lolcats_core.params import Params, load_params
+from tasks import experiment, graph, promotion, summary
+from tasks.promotion import CHAMPION
+from tasks.stage import raise_terminated
+from tasks.tracking import PARENT_VARIABLE, Run, close_abandoned, device_tags, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +40,6 @@ def stage_tasks(root: Path) -> dict[str, Task[..., graph.Reproduced]]:
     return {name: _run_stage.with_options(name=name, task_run_name=name) for name in graph.stages(root)}
 
 
-@task(name="register", task_run_name="register", cache_policy=NO_CACHE)
-def register_model(root: Path, params: Params, run_id: str) -> registry.RegisteredVersion:
-    """Register the finetuned model unless this very model is registered already."""
-    return registry.register(root, params, run_id)
-
-
 @flow(name="linearize", validate_parameters=False)
 def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
@@ -75,21 +50,41 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
     Raises:
         UserError: parameters are wrong, a stage failed, or the model could not be registered.
     """
-    root = _root()
-    params, environment, chosen = load_params(root / "params.yaml"), {}, None
-    if preset or set:
-        chosen = experiment.prepare(root, preset, set)
-        params, environment = chosen.params, chosen.environment
-    work = chosen.root if chosen else root
-    close_abandoned(root, "linearize")
-    with _parent_run(root, params, chosen) as parent:
+    root = project_root()
+    chosen = experiment.prepare(root, preset, set) if preset or set else None
+    return pipeline(root, "linearize", chosen, register=register)
+
+
+def pipeline(
+    root: Path, name: str, chosen: experiment.Experiment | None, *, register: bool = True, promote: bool = False
+) -> dict[str, Any]:
+    """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
+
+    Args:
+        name: of the MLflow run. chosen: where to run, None for the checkout itself.
+
+    Raises:
+        UserError: as `linearize`.
+    """
+    params = chosen.params if chosen else load_params(root / "params.yaml")
+    work, environment = (chosen.root, chosen.environment) if chosen else (root, {})
+    close_abandoned(root, name)
+    with _parent_run(root, name, params, chosen) as parent:
         stages = [
             stage(name, work, {**environment, PARENT_VARIABLE: parent.id}) for name, stage in stage_tasks(work).items()
         ]
         if chosen:
             experiment.save(chosen)
         version = register_model(work, params, parent.id) if register else None
-        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None)
+        gates = None
+        if version:
+            standing = promotion.standing(root, version.name, version.version)
+            if standing.passed is None or (promote and CHAMPION not in standing.aliases):
+                run_gates(root, version.name, params.gates, version.version)
+            if promote and promotion.standing(root, version.name, version.version).passed:
+                promote_version(root, version.name, version.version)
+            gates = promotion.standing(root, version.name, version.version)
+        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None, gates)
         parent.log_metrics(summary.headline(result))
         parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
         parent.log_text(summary.markdown(result), "summary.md")
@@ -99,10 +94,10 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
 
 
 @contextmanager
-def _parent_run(root: Path, params: Params, chosen: experiment.Experiment | None) -> Iterator[Run]:
+def _parent_run(root: Path, name: str, params: Params, chosen: experiment.Experiment | None) -> Iterator[Run]:
     """The MLflow run that the stages' runs hang from; ends as FAILED or KILLED where the block does not end well."""
     tags = device_tags() | ({"dvc.experiment": chosen.name} if chosen else {})
-    parent = Run.start(root, "linearize", params=params, tags=tags)
+    parent = Run.start(root, name, params=params, tags=tags)
     try:
         yield parent
     except Exception as error:

@@ -12,3 +12,7 @@ class UserError(ValueError):
     def __init__(self, message: str) -> None:
         # Values from files may hold line breaks and control characters; the message stays one readable line.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class Unavailable(UserError):
+    """Something outside (a tracking server, a DVC remote) does not answer: the same call may succeed later."""

@@ -12,7 +12,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,6 +86,21 @@ def resolve_teacher(params: TeacherParams, root: Path) -> TeacherPin:
     if kind == "hub":
         folder = _fetch(params)
     return _check(params, kind, folder)
+
+
+def describe(params: TeacherParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
+    """What decides the teacher, without looking into it: its kind, revision and each file of a local directory.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    kind, folder = _find(params, root)
+    try:
+        found = sorted(file for file in folder.iterdir() if file.is_file()) if kind == "directory" else []
+        files = {file.name: sha256(file) for file in found if not file.name.startswith(".")}
+    except OSError as error:
+        raise UserError(f"teacher {params.source}: {error.filename} cannot be read: {error.strerror}") from None
+    return {"kind": kind, "source": params.source, "revision": params.revision, "files": files}
 
 
 def write_pin(pin: TeacherPin, root: Path, out: Path) -> None:

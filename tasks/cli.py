@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
+from tasks import registry_cli
 from tasks.logs import setup_logging
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -375,6 +376,9 @@ def teacher(context: typer.Context) -> None:
     from lolcats_core.pretrain import main as pretrain
 
     raise typer.Exit(pretrain(context.args))
+
+
+registry_cli.add_to(app, _one_line_errors)
 
 
 def main() -> None:

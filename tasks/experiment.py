@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.files import sha256_json, write_text
 from lolcats_core.params import Params, apply_overrides, params_from_dict, read_preset, read_yaml
 from tasks import graph
+from tasks.history import git, identity
 from tasks.stage import RESULTS_VARIABLE
 from tasks.tracking import git_state, tracking_uri
 
@@ -67,8 +67,8 @@ def _absolute(root: Path, source: str) -> str:
     return os.path.normpath(root / source) if local else source
 
 
-def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> Experiment:
-    """Make, or bring back, the worktree for these overrides.
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Experiment:
+    """Make, or bring back, the worktree for these overrides; `name` instead of one made of them.
 
     Raises:
         UserError: the overrides are wrong, or the project is no git checkout with a commit.
@@ -80,38 +80,30 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) ->
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
     if dirty:
         logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
-    name = f"{preset or 'set'}-{sha256_json(chosen)[:8]}".replace("_", "-")
+    name = (name or f"{preset or 'set'}-{sha256_json(chosen)[:8]}").replace("_", "-")
     worktree = root / ".worktrees" / name
     _checkout(root, worktree, commit)
-    head = yaml.safe_load(_git(worktree, "show", "HEAD:params.yaml"))
+    head = yaml.safe_load(git(worktree, "show", "HEAD:params.yaml"))
     merged, params = overridden(root, head, chosen)
     write_text(worktree / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
     _share_cache(root, worktree)
     return Experiment(name, worktree, params, _environment(root, worktree))
 
 
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"`git {' '.join(arguments)}` failed: {lines[-1] if lines else done.returncode}")
-    return done.stdout.strip()
-
-
 def _checkout(root: Path, worktree: Path, commit: str) -> None:
     if (worktree / ".git").exists():
         try:
-            if _git(worktree, "rev-parse", "HEAD") == commit:
+            if git(worktree, "rev-parse", "HEAD") == commit:
                 return
-            _git(worktree, "checkout", "--force", "--detach", commit)
+            git(worktree, "checkout", "--force", "--detach", commit)
             return
         except UserError:
             logger.warning("%s is damaged and is made anew", worktree)
             shutil.rmtree(worktree)
     elif worktree.exists():
         shutil.rmtree(worktree)
-    _git(root, "worktree", "prune")
-    _git(root, "worktree", "add", "--detach", str(worktree), commit)
+    git(root, "worktree", "prune")
+    git(root, "worktree", "add", "--detach", str(worktree), commit)
 
 
 def _share_cache(root: Path, worktree: Path) -> None:
@@ -139,11 +131,4 @@ def _environment(root: Path, worktree: Path) -> dict[str, str]:
 
 def save(experiment: Experiment) -> None:
     """Save the worktree's result as a DVC experiment of its commit; a newer result replaces an older one."""
-    identity: dict[str, str] = {}
-    try:
-        _git(experiment.root, "config", "user.email")
-        _git(experiment.root, "config", "user.name")
-    except UserError:  # a fresh machine; the commit behind an experiment needs some name
-        for role in ("AUTHOR", "COMMITTER"):
-            identity |= {f"GIT_{role}_NAME": "lolcats", f"GIT_{role}_EMAIL": "lolcats@localhost"}
-    graph.run_dvc(experiment.root, "exp", "save", "--force", "--name", experiment.name, env=identity)
+    graph.run_dvc(experiment.root, "exp", "save", "--force", "--name", experiment.name, env=identity(experiment.root))

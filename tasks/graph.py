@@ -24,7 +24,8 @@ from typing import Literal
 
 import yaml
 
-from lolcats_core.errors import UserError
+from lolcats_core.errors import Unavailable, UserError
+from lolcats_core.params import read_yaml
 from tasks.processes import GRACE_SECONDS, end_group
 
 logger = logging.getLogger(__name__)
@@ -147,15 +148,40 @@ def changed(root: Path) -> dict[str, list[str]]:
             for kind, files in entry.items():
                 names = list(files) if isinstance(files, dict) else [str(files)]
                 reasons.append(f"{kind}: {', '.join(names)}")
-        found[stage] = reasons
+        if reasons:
+            found[stage] = reasons
     return found
 
 
+def refresh(root: Path, env: Mapping[str, str] | None = None) -> None:
+    """Run the stages that read what lies outside the project, so that `changed` knows it.
+
+    Raises:
+        StageFailed: one of them failed.
+    """
+    for name in read_yaml(root / "dvc.yaml").get("stages") or {}:
+        if _reads_outside(root, name):
+            repro(name, root, env, on_line=logger.info)
+
+
+def _reads_outside(root: Path, stage: str) -> bool:
+    """Whether dvc.yaml marks the stage as one whose result depends on files that DVC does not see."""
+    entry = (read_yaml(root / "dvc.yaml").get("stages") or {}).get(stage)
+    return isinstance(entry, dict) and bool((entry.get("meta") or {}).get("outside"))
+
+
 def push_if_remote(root: Path) -> bool:
-    """`dvc push` where a default remote is configured; says whether it did."""
+    """`dvc push` where a default remote is configured; says whether it did.
+
+    Raises:
+        Unavailable: the remote did not take everything.
+    """
     if not run_dvc(root, "config", "--list").count("core.remote="):
         return False
-    run_dvc(root, "push", "--run-cache")
+    try:
+        run_dvc(root, "push", "--run-cache")
+    except UserError as error:
+        raise Unavailable(str(error)) from None
     return True
 
 
@@ -177,6 +203,8 @@ def repro(
     started = time.monotonic()
     error_file = root / ".scratch" / stage / "error.txt"
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
+    if _reads_outside(root, stage):
+        command.append("--force")
     for attempt in range(LOCK_RETRIES):
         error_file.unlink(missing_ok=True)
         repair(root)

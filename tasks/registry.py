@@ -1,7 +1,9 @@
 """Registers the finetuned model in MLflow: log the model, create the version with its tags, then the alias.
 
-Idempotent on (git commit, md5 of the model in dvc.lock). The model is logged as code ("models from code") with the
-packages that it needs, so it loads in an environment that has torch and transformers but not this project.
+Idempotent on (git commit, md5 of the model in dvc.lock), also where two processes register at once. A commit with the
+run's dvc.lock and params.yaml is kept beside each version, so that it leads back to every byte. The model is logged as
+code ("models from code") with the packages that it needs, so it loads in an environment that has torch and
+transformers but not this project.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
-from lolcats_core.errors import UserError
+from lolcats_core.errors import Unavailable, UserError
+from lolcats_core.files import sha256_tree
 from lolcats_core.params import Params, read_yaml
-from tasks import graph
+from tasks import graph, history
 from tasks.tracking import EXPERIMENT, Run, connect, device_tags, experiment_id, first_line, git_state, versions
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
     it is, its alias untouched, because someone may have moved it on purpose.
 
     Raises:
-        UserError: the model is missing or not the one of the current inputs, or MLflow cannot be used.
+        Unavailable: MLflow or the DVC remote cannot be used.
+        UserError: the model is missing or not the one of the current inputs.
     """
     lock = checked_lock(root)
     commit, dirty = git_state(root)
@@ -78,9 +83,12 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
             graph.push_if_remote(root)
             tags = {**key, "git.dirty": str(dirty).lower(), **_origin(root, params, lock)}
             run_id = parent_run_id or _own_run(root, params)
+            if lock_commit := history.keep_lock(root, f"refs/tags/lolcats/{name}/{key['model.md5'][:12]}"):
+                tags["lock.commit"] = lock_commit
             model_id, location = _log_model(client, root, run_id)
             _ensure_registered_model(client, name)
             existing = client.create_model_version(name, location, run_id=run_id, tags=tags, model_id=model_id)
+            existing = _settle(client, name, key, existing)
             if not parent_run_id:
                 client.set_terminated(run_id, "FINISHED")
         version = str(existing.version)
@@ -89,7 +97,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
+        raise Unavailable(
             f"registering {name} with MLflow at {client.tracking_uri} failed: {first_line(error)}; "
             "`lolcats register` tries again"
         ) from error
@@ -153,6 +161,58 @@ def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
         raise UserError(f"{which}: no such directory or registered version: {first_line(error)}") from error
 
 
+@contextlib.contextmanager
+def stored_model(client: Any, version: Any) -> Iterator[Path]:
+    """The directory of a version's MLflow model; of a store on another machine, a copy that ends with the block.
+
+    Raises:
+        UserError: the store has no such model.
+    """
+    import mlflow.artifacts
+
+    with tempfile.TemporaryDirectory(prefix="lolcats-stored-") as temporary:
+        try:
+            location = urlparse(client.get_logged_model(version.source.rpartition("/")[2]).artifact_location)
+            if location.scheme in ("", "file"):
+                path = Path(unquote(location.path))
+            else:
+                path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=temporary))
+        except Exception as error:
+            raise UserError(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
+        if not (path / "MLmodel").is_file():
+            raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
+        yield path
+
+
+def check_bytes(version: Any, stored: Path) -> None:
+    """Hold the stored model against the hash that its version was registered with.
+
+    Raises:
+        UserError: they differ.
+    """
+    found = sha256_tree(stored / "artifacts" / "model")
+    if found != version.tags.get("model.sha256"):
+        raise UserError(f"the files of {_label(version)} are not those that were registered; it cannot serve")
+
+
+def find_model(client: Any, name: str, md5: str) -> Any:
+    """The newest whole version of this model, whichever commit it was made at; None where there is none."""
+    return _find(client, name, {"model.md5": md5, COMPLETE: "complete"})
+
+
+def current_md5(root: Path) -> str:
+    """DVC's hash of the model that dvc.lock names.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _model_md5(_lock(root))
+
+
+def _label(version: Any) -> str:
+    return f"{version.name} version {version.version}"
+
+
 def _lock(root: Path) -> dict[str, Any]:
     stages = read_yaml(root / "dvc.lock").get("stages")
     if not isinstance(stages, dict):
@@ -173,9 +233,22 @@ def _model_md5(lock: Mapping[str, Any]) -> str:
 
 def _find(client: Any, name: str, key: Mapping[str, str]) -> Any:
     """The newest version with this key; None where there is none."""
-    versions_found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-    matching = [v for v in versions_found if all(v.tags.get(tag) == value for tag, value in key.items())]
-    return max(matching, key=lambda v: int(v.version), default=None)
+    return max(_matching(client, name, key), key=lambda v: int(v.version), default=None)
+
+
+def _matching(client: Any, name: str, key: Mapping[str, str]) -> list[Any]:
+    found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
+    return [v for v in found if all(v.tags.get(tag) == value for tag, value in key.items())]
+
+
+def _settle(client: Any, name: str, key: Mapping[str, str], created: Any) -> Any:
+    """Of several writers that registered this model at once, the one with the lowest number stays; all agree on it."""
+    first = min(_matching(client, name, key), key=lambda v: int(v.version), default=created)
+    if int(first.version) < int(created.version):
+        logger.info("%s version %s is this very model, registered by another process", name, first.version)
+        client.delete_model_version(name, str(created.version))
+        return first
+    return created
 
 
 def _ensure_registered_model(client: Any, name: str) -> None:
@@ -207,6 +280,7 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
         "teacher.source": params.teacher.source,
         "teacher.revision": str(teacher.get("revision") or params.teacher.revision),
         "data.source": params.data.source,
+        "model.sha256": sha256_tree(root / MODEL),
         "lm_eval.version": str(evaluation.get("lm_eval_version", "")),
         "lm_eval.task_hashes": json.dumps(evaluation.get("task_hashes", {}), sort_keys=True),
         **{f"version.{library}": number for library, number in versions().items()},

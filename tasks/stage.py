@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from lolcats_core.errors import UserError
-from lolcats_core.files import atomic_directory, sha256_file, sha256_json, write_json, write_text
+from lolcats_core.files import atomic_directory, sha256_file, sha256_json, sha256_tree, write_json, write_text
 from lolcats_core.params import Params, load_params, read_yaml
 from tasks.logs import quiet_progress_bars, setup_logging
 from tasks.processes import end_with, process_of
@@ -135,10 +134,7 @@ def _content(path: Path, dep: str, stage: str) -> str:
         return sha256_file(path)
     if not path.is_dir():
         raise UserError(f"{dep} is missing, which {stage} needs; run `dvc repro {stage}`")
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
-    return digest.hexdigest()
+    return sha256_tree(path)
 
 
 def main(run: Callable[[Stage], Mapping[str, float]], name: str | None = None, parallel: bool = False) -> None:
@@ -214,13 +210,19 @@ def raise_terminated(signum: int, frame: object) -> None:
 
 def execute(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) -> int:
     """Run one stage in `root` and return its exit code."""
+    do = _run_stage if _rank() == 0 else _follow
+    return guarded(lambda: do(run, name, root), name, root)
+
+
+def guarded(work: Callable[[], None], name: str, root: Path) -> int:
+    """Do a stage's work and return its exit code; a user's error is one line, printed and left for the flow."""
     error_file = root / ".scratch" / name / ERROR
     try:
         with contextlib.suppress(OSError):
             if _rank() == 0:
                 error_file.unlink(missing_ok=True)
         _watch_ancestors()
-        (_run_stage if _rank() == 0 else _follow)(run, name, root)
+        work()
     except UserError as error:
         message = " ".join(str(error).split())
         if _rank() != 0:

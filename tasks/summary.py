@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lolcats_core.errors import UserError
 from lolcats_core.files import write_json
 from tasks.graph import Reproduced
+from tasks.promotion import Standing
 from tasks.registry import RegisteredVersion
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ def build(
     registered: RegisteredVersion | None = None,
     run_id: str | None = None,
     experiment: str | None = None,
+    gates: Standing | None = None,
 ) -> dict[str, Any]:
     """Collect the numbers of a finished run from outputs/.
 
@@ -55,6 +58,7 @@ def build(
             "created": registered.created,
             "uri": registered.uri,
         },
+        "gates": None if gates is None else asdict(gates),
         "mlflow_run_id": run_id,
         "experiment": experiment,
     }
@@ -202,7 +206,13 @@ def _registration(summary: Mapping[str, Any]) -> str:
     if not registered:
         return "Not registered."
     done = "Registered" if registered["created"] else "Already registered, reused"
-    return f"{done}: {registered['name']} version {registered['version']}, alias {registered['alias']}."
+    line = f"{done}: {registered['name']} version {registered['version']}, alias {registered['alias']}."
+    gates = summary.get("gates")
+    if not gates or gates["passed"] is None:
+        return line
+    if not gates["passed"]:
+        return f"{line}\nGates: REFUSED. {gates['reasons']}"
+    return f"{line}\nGates: passed; aliases now: {', '.join(gates['aliases'])}."
 
 
 def _number(value: Any) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lolcats_core.errors import UserError
+from lolcats_core.errors import Unavailable, UserError
 from lolcats_core.params import Params
 from tasks.logs import quiet_libraries
 
@@ -57,7 +57,8 @@ def connect(root: Path) -> Any:
     """An `MlflowClient` on the project's store.
 
     Raises:
-        UserError: the store cannot be reached.
+        Unavailable: the store cannot be reached.
+        UserError: its address is wrong.
     """
     uri = tracking_uri(root)
     quiet_libraries()
@@ -73,7 +74,7 @@ def connect(root: Path) -> Any:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:
-        raise UserError(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
+        raise Unavailable(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
     return client
 
 
@@ -185,7 +186,7 @@ class Run:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"MLflow at {client.tracking_uri} cannot be written: {first_line(error)}") from error
+            raise Unavailable(f"MLflow at {client.tracking_uri} cannot be written: {first_line(error)}") from error
         if system_metrics:
             run._start_monitor()
         return run

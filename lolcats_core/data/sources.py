@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,15 @@ def _files_below(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix not in TEXT_SUFFIXES] or files
 
 
-def describe(params: DataParams, root: Path) -> dict[str, Any]:
-    """What was read, for the record: kind, revision and the SHA-256 of every local file.
+def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
+    """What is read, for the record: kind, revision and the SHA-256 of every local file, as `sha256` gives it.
 
     Raises:
         UserError: the source does not exist, or a dataset id has no pinned commit.
     """
     if params.source == "builtin":
         base = Path(sysconfig.get_path("stdlib"))
-        hashes = {file.relative_to(base).as_posix(): sha256_file(file) for file in stdlib_files()}
+        hashes = {file.relative_to(base).as_posix(): sha256(file) for file in stdlib_files()}
         return {"kind": "builtin", "source": params.source, "revision": None, "files": hashes}
     files = local_files(params.source, root)
     if files is not None:
@@ -134,7 +134,7 @@ def describe(params: DataParams, root: Path) -> dict[str, Any]:
             "kind": "local",
             "source": params.source,
             "revision": None,
-            "files": {_relative(file, root): _hash(file) for file in files},
+            "files": {_relative(file, root): _hash(file, sha256) for file in files},
         }
     if params.revision is None or not _COMMIT.fullmatch(params.revision):
         raise UserError(
@@ -178,9 +178,9 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
-def _hash(file: Path) -> str:
+def _hash(file: Path, sha256: Callable[[Path], str]) -> str:
     try:
-        return sha256_file(file)
+        return sha256(file)
     except OSError as error:
         raise UserError(f"`data.source`: {file} cannot be read: {error.strerror or error}") from None
 

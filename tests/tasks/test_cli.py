@@ -52,6 +52,10 @@ def test_help_comes_without_loading_torch() -> None:
         "compare",
         "ablate",
         "doctor",
+        "promote",
+        "rollback",
+        "lineage",
+        "gc",
         "teacher",
     ):
         assert command in done.stdout
@@ -90,7 +94,17 @@ def test_a_broken_params_yaml_is_refused_in_one_line(here: Path, content: bytes)
 def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
-    for command in (["run"], ["status"], ["register"], ["doctor"], ["generate", "x"], ["chat"], ["export"]):
+    for command in (
+        ["run"],
+        ["status"],
+        ["register"],
+        ["doctor"],
+        ["generate", "x"],
+        ["chat"],
+        ["export"],
+        ["promote"],
+        ["gc"],
+    ):
         assert "is not in a project" in refused(*command)
 
 

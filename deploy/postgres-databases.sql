@@ -1,0 +1,3 @@
+-- One database each; Postgres runs this when its volume is new.
+CREATE DATABASE prefect;
+CREATE DATABASE mlflow;

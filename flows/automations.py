@@ -1,0 +1,99 @@
+"""What Prefect does by itself: ``python -m flows.automations`` brings its automations to the state described here.
+
+A flow run whose heartbeat stops is a zombie (its worker or machine is gone): it is marked as crashed, and a crashed
+re-linearization is started again, which continues from the last checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure
+and refusal is posted there (the body: `MESSAGE`). The address is kept in a Prefect block, encrypted, never in a log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from typing import cast
+from uuid import UUID
+
+from prefect.automations import Automation
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
+from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from pydantic import SecretStr
+
+WEBHOOK_VARIABLE = "LOLCATS_WEBHOOK_URL"
+BLOCK = "lolcats-notifications"
+ZOMBIE_AFTER = timedelta(seconds=100)  # three heartbeats of 30 s, and some time for the way
+MESSAGE = {
+    "text": "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}",
+    "flow_run_id": "{{ flow_run.id }}",
+}
+_RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
+
+
+def automations(deployment_id: UUID, block_id: UUID | None) -> list[Automation]:
+    """The automations. `deployment_id`: of relinearize/nightly; `block_id`: of the webhook where there is one."""
+    found = [
+        Automation(
+            name="lolcats: zombies",
+            description="A flow run whose heartbeat stopped is marked as crashed.",
+            trigger=EventTrigger(
+                after={"prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.*"},  # a further heartbeat, or any state, whatever its name
+                match=_RUN,
+                for_each={"prefect.resource.id"},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=ZOMBIE_AFTER,
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED, name="Crashed", message="Its heartbeat stopped.", force=False
+                )
+            ],
+        ),
+        Automation(
+            name="lolcats: resume",
+            description="A crashed re-linearization is started again and continues from the last checkpoint.",
+            trigger=EventTrigger(
+                expect={"prefect.flow-run.Crashed"},
+                match=_RUN,
+                match_related=ResourceSpecification({"prefect.resource.id": f"prefect.deployment.{deployment_id}"}),
+                posture=Posture.Reactive,
+                threshold=1,
+            ),
+            actions=[
+                RunDeployment(source="selected", deployment_id=deployment_id, parameters=None, job_variables=None)
+            ],
+        ),
+    ]
+    if block_id is not None:
+        names = {f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "Refused")}
+        found.append(
+            Automation(
+                name="lolcats: notify",
+                description="Failures, crashes and refused versions go to the webhook.",
+                trigger=EventTrigger(expect=names, match=_RUN, posture=Posture.Reactive, threshold=1),
+                actions=[CallWebhook(block_document_id=block_id, payload=json.dumps(MESSAGE))],
+            )
+        )
+    return found
+
+
+def main() -> None:
+    """Create or replace the automations on the server that `PREFECT_API_URL` names."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("relinearize/nightly")
+    block_id: UUID | None = None
+    if url := os.environ.get(WEBHOOK_VARIABLE):
+        block_id = cast(UUID, Webhook(method="POST", url=SecretStr(url)).save(BLOCK, overwrite=True))
+        existing = {found.name: found for found in client.read_automations()}
+        for wanted in automations(deployment.id, block_id):
+            client.create_automation(wanted)
+            if wanted.name in existing:
+                client.delete_automation(existing[wanted.name].id)
+
+
+if __name__ == "__main__":
+    main()

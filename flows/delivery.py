@@ -1,0 +1,63 @@
+"""The Prefect tasks behind the stages: register, gates, promote; tried again where the outside does not answer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from lolcats_core.errors import Unavailable
+from lolcats_core.params import GatesParams, Params
+from tasks import promotion, registry
+from tasks.gates import GateReport
+
+logger = logging.getLogger(__name__)
+
+
+async def _can_help(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether trying again can help: only where something outside did not answer."""
+    error = await state.result(raise_on_failure=False)
+    if isinstance(error, Unavailable):
+        logger.warning("%s; trying again", error)
+        return True
+    return False
+
+
+PATIENT: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 4,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retry_jitter_factor": 0.3,
+    "retry_condition_fn": _can_help,
+}
+
+
+@task(name="register", task_run_name="register", **PATIENT)
+def register_model(root: Path, params: Params, run_id: str) -> registry.RegisteredVersion:
+    """Register the finetuned model unless this very model is registered already."""
+    return registry.register(root, params, run_id)
+
+
+@task(name="gates", task_run_name="gates", **PATIENT)
+def run_gates(root: Path, name: str, gates: GatesParams, version: str) -> GateReport:
+    """Run the gates on a version; one that passes becomes the challenger. The report is a Prefect artifact too."""
+    report = promotion.examine(root, name, gates, version)
+    create_markdown_artifact(report.markdown(), key="gates", description=f"Gates of {name} version {version}")
+    return report
+
+
+@task(name="promote", task_run_name="promote", **PATIENT)
+def promote_version(root: Path, name: str, version: str) -> str:
+    """Make a version that passed its gates the champion."""
+    return promotion.promote(root, name, version)
+
+
+@task(name="rollback", task_run_name="rollback", **PATIENT)
+def roll_back(root: Path, name: str) -> tuple[str, str]:
+    """Let the previous champion serve again."""
+    return promotion.rollback(root, name)

@@ -1,0 +1,73 @@
+"""The Prefect flows `relinearize` (a new student when something changed) and `drift` (an event when text changed)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
+from prefect.states import Completed
+
+from flows import project_root
+from flows.delivery import PATIENT
+from flows.linearize import pipeline
+from lolcats_core.params import load_params
+from tasks import drift as drifting
+from tasks import relinearization
+
+DRIFT_EVENT = "lolcats.drift"
+_prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
+_changes = task(name="find changes", task_run_name="find changes", **PATIENT)(relinearization.changes)
+_commit = task(name="commit dvc.lock", task_run_name="commit dvc.lock", **PATIENT)(relinearization.commit)
+_measure = task(name="measure drift", task_run_name="measure drift", **PATIENT)(drifting.measure)
+
+
+@flow(name="relinearize", validate_parameters=False)
+def relinearize(preset: str | None = None, set: dict[str, Any] | None = None) -> Any:
+    """Make, examine and promote a new student if code, parameters, teacher or text changed; else end as up to date.
+
+    Ends as ``UpToDate``, ``Promoted`` or, with the reasons, ``Refused``; then the champion stays.
+
+    Raises:
+        UserError: parameters are wrong, a stage failed, or the registry cannot be used.
+    """
+    root, log = project_root(), get_run_logger()
+    chosen = _prepare(root, preset, set)
+    found = _changes(root, chosen)
+    if not found:
+        log.info("Nothing changed since the last result.")
+        return Completed(name="UpToDate", message="nothing changed since the last result")
+    create_markdown_artifact(_page(found), key="changes", description="What changed since the last result")
+    result = pipeline(root, relinearization.NAME, chosen, promote=True)
+    version, gates = result["registered"]["version"], result["gates"]
+    branch = _commit(root, chosen, version, found)
+    if not gates["passed"]:
+        message = f"version {version} is refused, the champion stays: {gates['reasons']}"
+        log.warning(message)
+        return Completed(name="Refused", message=message)
+    return Completed(name="Promoted", message=f"version {version} is the champion; dvc.lock is on {branch}")
+
+
+def _page(found: dict[str, list[str]]) -> str:
+    return "# What changed\n\n" + "".join(f"- {stage}: {'; '.join(why)}\n" for stage, why in found.items())
+
+
+@flow(name="drift")
+def drift() -> str:
+    """Measure the champion on recent text; above `relinearize.max_drift`, the event ``lolcats.drift`` is emitted.
+
+    Raises:
+        UserError: there is no champion or no recent text.
+    """
+    root = project_root()
+    params = load_params(root / "params.yaml")
+    found = _measure(root, params)
+    if found.drifted:
+        emit_event(
+            event=DRIFT_EVENT,
+            resource={"prefect.resource.id": f"lolcats.model.{params.register.name}"},
+            payload={"version": found.version, "recent": found.recent, "validation": found.validation},
+        )
+    get_run_logger().info(str(found))
+    return str(found)

@@ -1,0 +1,91 @@
+"""What a scheduled re-linearization needs: its worktree, what changed since its last result, and the newest revisions.
+
+Its worktree stays from run to run, so that DVC compares with the outputs of the last one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lolcats_core.data import sources
+from lolcats_core.errors import Unavailable
+from lolcats_core.files import sha256_json
+from lolcats_core.params import Params, read_yaml
+from lolcats_core.teacher import describe as describe_teacher
+from tasks import experiment, graph, history, promotion, registry
+from tasks.tracking import connect, first_line
+
+logger = logging.getLogger(__name__)
+NAME = "relinearize"
+
+
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> experiment.Experiment:
+    """The worktree, at HEAD and with the overrides; with `relinearize.follow_hub` at the newest revisions too.
+
+    Raises:
+        Unavailable: the hub does not answer.
+        UserError: the overrides are wrong, or the project is no git checkout with a commit.
+    """
+    chosen = experiment.overrides(preset, values)
+    _, params = experiment.overridden(root, read_yaml(root / "params.yaml"), chosen)
+    name = f"{NAME}-{sha256_json(chosen)[:8]}" if chosen else NAME
+    newest = newest_revisions(params, root) if params.relinearize.follow_hub else {}
+    return experiment.prepare(root, preset, {**(values or {}), **newest}, name)
+
+
+def newest_revisions(params: Params, root: Path) -> dict[str, str]:
+    """The commits at which a Hugging Face teacher and dataset stand now, as overrides.
+
+    Raises:
+        Unavailable: the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found: dict[str, str] = {}
+    try:
+        if describe_teacher(params.teacher, root, lambda file: "")["kind"] == "hub":
+            found["teacher.revision"] = str(HfApi().model_info(params.teacher.source).sha)
+        if sources.describe(params.data, root, lambda file: "")["kind"] == "hub":
+            found["data.revision"] = str(HfApi().dataset_info(params.data.source).sha)
+    except (HfHubHTTPError, OSError) as error:
+        raise Unavailable(f"the newest revisions cannot be asked for: {first_line(error)}") from error
+    return found
+
+
+def changes(root: Path, chosen: experiment.Experiment) -> dict[str, list[str]]:
+    """What a new run would do, by stage with the reasons; empty where the last one's result still stands.
+
+    Code, parameters, the teacher's and the text's files count; and a result that was never registered or examined,
+    because the run that made it was cut short.
+
+    Raises:
+        UserError: the teacher or the text is not there, or the registry cannot be used.
+    """
+    graph.refresh(chosen.root, chosen.environment)
+    found = graph.changed(chosen.root)
+    if not found:
+        client, name = connect(root), chosen.params.register.name
+        version = registry.find_model(client, name, registry.current_md5(chosen.root))
+        if version is None:
+            found["register"] = ["the last result was not registered"]
+        elif promotion.standing(root, name, str(version.version)).passed is None:
+            found["gates"] = ["the last result was not examined"]
+    return found
+
+
+def commit(root: Path, chosen: experiment.Experiment, version: str, reasons: Mapping[str, list[str]]) -> str:
+    """Commit dvc.lock and params.yaml of the run on ``relinearize/<date>``; the branch's name.
+
+    Raises:
+        UserError: git refused.
+    """
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [f"{stage}: {'; '.join(why)}" for stage, why in reasons.items()]
+    message = f"Re-linearized: {chosen.params.register.name} version {version}\n\n" + "\n".join(lines)
+    history.keep_lock(chosen.root, f"refs/heads/{NAME}/{today}", message)
+    return f"{NAME}/{today}"
