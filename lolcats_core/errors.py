@@ -16,3 +16,13 @@ class UserError(ValueError):
 
 class Unavailable(UserError):
     """Something outside (a tracking server, a DVC remote) does not answer: the same call may succeed later."""
+
+
+class ParamsError(UserError):
+    """A parameter is unknown, has the wrong type or breaks its constraint."""
+
+
+def require(holds: bool, constraint: str, value: object) -> None:
+    """Raise a `ParamsError` that names the constraint and the value where it does not hold."""
+    if not holds:
+        raise ParamsError(f"{constraint}, got {value!r}")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lolcats_core.params import GateMode, GatesParams
+from lolcats_core.operation_params import GateMode, GatesParams
 
 PROBED = ("loads", "recurrent", "left_padding", "speed", "memory")
 GATES = ("perplexity", "task_recovery", "recall_recovery", "regression", *PROBED)
