@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import scale
-from benchmarks.scale import SHAPES, check_streamed, launch, run_case, write_random
+from benchmarks.case import launch
+from benchmarks.random_weights import SHAPES, write_random
+from benchmarks.scale import check_streamed, run_case
 
 
 def options(work: Path, **changes: object) -> argparse.Namespace:
