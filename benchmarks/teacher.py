@@ -19,7 +19,7 @@ import numpy as np
 
 from lolcats_core.data.rows import TokenRowsWriter
 from lolcats_core.errors import UserError
-from lolcats_core.pretrain import prepare_data, pretrain
+from lolcats_core.pretrain import prepare_data, pretrain, summary
 from lolcats_core.pretrain_config import config_from_arguments
 from lolcats_core.pretrain_data import ArrayRows
 
@@ -28,7 +28,7 @@ SHAPES = {
     "82m": "--layers 12 --hidden-size 768 --heads 6 --kv-heads 2 --intermediate-size 2048 --lr 1.5e-3",
     "26m": "--layers 8 --hidden-size 512 --heads 4 --kv-heads 2 --intermediate-size 1280 --lr 2e-3",
 }
-COMMON = "--vocab-size 8192 --sequence-length 1024 --batch-rows 64 --copy-share 0.15 --evaluation-rows 128"
+COMMON = "--vocab-size 8192 --sequence-length 1024 --batch-rows 64 --copy-share 0.15 --evaluation-rows 0"
 ROW_TOKENS = 1024
 TOKENS = {"train": 12_000_000, "validation": 1_000_000}
 
@@ -61,17 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    speed = record["training"]["tokens_per_second"]
-    recall = {gap: round(value["value"], 3) for gap, value in record["evaluation"]["recall"].items()}
-    perplexity = record["evaluation"]["validation_packages"]["perplexity"]
-    logger.info(
-        "%.1fM parameters, %.0fM tokens at %.0f a second, perplexity %.3f, recall by gap %s",
-        record["parameters"] / 1e6,
-        record["training"]["tokens"] / 1e6,
-        speed,
-        perplexity,
-        recall,
-    )
+    sys.stdout.write(summary(record))
     return 0
 
 

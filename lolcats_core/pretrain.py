@@ -242,7 +242,8 @@ def _evaluations(model: Any, config: PretrainConfig, data: PretrainData) -> dict
     """Perplexity on unseen text beside the bigram and unigram models', and copying recall."""
     train_rows = ArrayRows(data.train, config.sequence_length, config.vocab_size)
     found: dict[str, Any] = {}
-    for name, tokens in (("standard_library", data.unseen), ("validation_packages", data.validation)):
+    texts = (("standard_library", data.unseen), ("validation_packages", data.validation))
+    for name, tokens in texts if config.evaluation_rows else ():
         rows = ArrayRows(tokens, config.sequence_length, config.vocab_size, config.evaluation_rows)
         result = perplexity(model, rows, batch_size=32)
         bytes_per_token = data.bytes["unseen" if name == "standard_library" else "validation"] / max(1, len(tokens))
@@ -382,6 +383,13 @@ def _thinned(history: list[dict[str, float]], points: int = 100) -> list[dict[st
     return [rounded(entry) for entry in sorted(kept, key=lambda entry: entry["step"])]
 
 
+def summary(record: dict[str, Any]) -> str:
+    """What a person wants to see of a record."""
+    shown = {"parameters": record["parameters"], **record["training"], **record["evaluation"]}
+    shown.pop("loss_curve")
+    return json.dumps(shown, indent=2) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """`lolcats teacher` and `python -m lolcats_core.pretrain`: prints the measurements; 1 after an error's one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -390,9 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    shown = {"parameters": record["parameters"], **record["training"], **record["evaluation"]}
-    shown.pop("loss_curve")
-    sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    sys.stdout.write(summary(record))
     return 0
 
 

@@ -18,7 +18,7 @@ from tests.core.test_corpus import code, install
 
 ROOT = Path(__file__).parents[2]
 TINY = "--layers 2 --hidden-size 32 --heads 2 --kv-heads 1 --intermediate-size 32 --vocab-size 300 --batch-rows 2"
-FAST = "--max-steps 2 --device cpu --evaluation-rows 2 --recall-samples 2 --context 1024 --warmup-steps 1"
+FAST = "--max-steps 2 --device cpu --recall-samples 2 --context 1024 --warmup-steps 1"
 
 
 @pytest.fixture
