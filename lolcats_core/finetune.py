@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import next_token_targets, perplexity
 from lolcats_core.params import FinetuneParams
-from lolcats_core.segments import plain_model, segmented_loss, summed_loss
+from lolcats_core.segments import offloaded, plain_model, segmented_loss, summed_loss
 from lolcats_core.training import Rows, TrainResult, train
 
 if TYPE_CHECKING:
@@ -118,14 +118,9 @@ def low_rank_finetune(
         student.enable_input_require_grads()
     device = student.device
 
-    def saved() -> contextlib.AbstractContextManager[Any]:
-        if not offload_activations:
-            return contextlib.nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
-
     def step(batch: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         model.train()
-        with saved():
+        with offloaded() if offload_activations else contextlib.nullcontext():
             if params.segment_length:
                 return {"loss": segmented_loss(model, batch, params.segment_length, scale)}
             loss = next_token_loss(model, batch)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,27 @@ def summed_loss(student: Any, hidden: Tensor, targets: Tensor, counted: Tensor) 
     slices = zip(hidden.split(width, 1), targets.split(width, 1), counted.split(width, 1), strict=True)
     sums = [checkpoint(part, *given, use_reentrant=False) for given in slices]
     return torch.stack(cast(list[Tensor], sums)).sum()
+
+
+def offloaded() -> AbstractContextManager[Any]:
+    """Under it a forward pass keeps what the backward pass needs in the machine's memory.
+
+    Parameters stay where they are: the device holds them anyway.
+    """
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        owner = saved if saved._base is None else saved._base
+        return saved if isinstance(owner, nn.Parameter) else (saved.device, _to_host(saved))
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    on_gpu = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(tensor, non_blocking=on_gpu)
 
 
 def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scale: float | None) -> Tensor:

@@ -85,7 +85,7 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
     title = f"Linearized {facts.teacher.get('source', 'teacher')}"
     parts = [
         f"<h1>{escape(title)}</h1><p class='note'>Student beside its own teacher, same text, same questions, same "
-        f"settings. lm-eval {escape(str(evaluation.get('lm_eval_version')))}.</p>",
+        f"settings. lm-eval {escape(str(evaluation.get('lm_eval_version')))}.{_left_out(evaluation)}</p>",
         "<h2>Perplexity</h2>" + _perplexity(evaluation["perplexity"]) + shown("perplexity", "positions"),
         "<h2>Recovery</h2>" + _tasks(evaluation["tasks"]) + shown("recovery"),
         "<h2>Recall and length</h2>" + _recall(evaluation) + shown("recall") + _cells(evaluation["tasks"]),
@@ -114,6 +114,12 @@ def number(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _left_out(evaluation: Mapping[str, Any]) -> str:
+    names = evaluation.get("left_out")
+    reason = " The models do not fit the device, so perplexity was measured layer by layer, and these were left out: "
+    return f"{reason}{escape(', '.join(names))}." if names else ""
 
 
 def _measured(result: Mapping[str, Any]) -> str:
