@@ -239,12 +239,12 @@ class StreamedTransfer:
         for block in buffer.next_block(target):
             groups = self.calibration.groups(buffer.block_rows(block), self.params.batch_size)
             parts = [mine for mine, share in map(parallel.part, groups) if share]
-            for mine, after in zip(parts, [*parts[1:], None], strict=True):
+            for number, mine in enumerate(parts):
                 batch = self.calibration.batch(mine)
                 if target:
                     batch = {**batch, "hidden": buffer.read(target - 1, mine)}
                     del batch["input_ids"]
-                    if after is not None:
+                    for after in parts[number + 1 : number + 2]:
                         buffer.expect(target - 1, after)
                 out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 buffer.write(target, mine, cast(Tensor, out))
