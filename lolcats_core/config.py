@@ -29,6 +29,9 @@ class LinearizeConfig:
         softmax_layers: layers that keep softmax attention.
         softmax_heads: kv groups that keep softmax attention inside a layer whose other groups are linearized: layer
             to kv heads, each with the query heads it serves. Text keys, as JSON makes them, count as numbers.
+        softmax_window: newest tokens that those layers and heads see; their cache is then bounded, and with it the
+            whole state, whatever the length of the sequence. None: all tokens.
+        softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
         feature_map_init: ``kaiming`` (published) or ``identity`` (needs feature_dim equal to the head dim).
@@ -47,6 +50,8 @@ class LinearizeConfig:
     k_map_per: Literal["query_head", "kv_head"] = "query_head"
     softmax_layers: tuple[int, ...] = ()
     softmax_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    softmax_window: int | None = None
+    softmax_sinks: int = 0
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
     feature_map_init: Literal["kaiming", "identity"] = "kaiming"
@@ -77,6 +82,13 @@ class LinearizeConfig:
         twice = sorted(self.softmax_heads.keys() & set(self.softmax_layers))
         if twice:
             raise UserError(f"layer {twice[0]} is in `softmax_layers` and in `softmax_heads`; name it in one of them")
+        if self.softmax_window is not None and self.softmax_window < 2:
+            raise UserError(f"`softmax_window` must be null or at least 2, got {self.softmax_window}")
+        if not 0 <= self.softmax_sinks < (self.softmax_window or 1):
+            raise UserError(
+                f"`softmax_sinks` must be at least 0 and below `softmax_window` ({self.softmax_window}),"
+                f" got {self.softmax_sinks}"
+            )
         if self.tie_qk and self.k_map_per == "kv_head":
             raise UserError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
 

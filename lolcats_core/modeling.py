@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from lolcats_core.architectures import ARCHITECTURES, refusal
-from lolcats_core.attention import ATTENTION_NAME, hybrid_attention_forward, prepare_inputs
+from lolcats_core.attention import ATTENTION_NAME, Reach, hybrid_attention_forward, prepare_inputs
 from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -88,6 +88,8 @@ class LinearizedMixin:
         config._attn_implementation = ATTENTION_NAME
         settings = LinearizeConfig(**config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
+            local = layer.layer_idx in local_layers(config)
+            layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
@@ -188,6 +190,11 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
         if len(kept) == groups:
             raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
+    own = None if local_layers(config) else getattr(config, "sliding_window", None)
+    if settings.softmax_window is not None and own is not None and settings.softmax_window >= own:
+        raise UserError(
+            f"`softmax_window` must be below the teacher's own sliding window of {own}, got {settings.softmax_window}"
+        )
 
 
 def kv_heads(config: PreTrainedConfig) -> int:

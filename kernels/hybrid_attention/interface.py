@@ -18,6 +18,7 @@ from torch import Tensor
 from lolcats_kernels.hybrid_attention.chunked import chunked_forward, fold_state
 from lolcats_kernels.hybrid_attention.feature_map import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.naive import hybrid_attention_naive
+from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
 from lolcats_kernels.hybrid_attention.recurrent import decode_step
 from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState, fill_ring, folded_tokens, ring_slots
@@ -83,12 +84,12 @@ def hybrid_attention(
     if cu_seqlens is not None:
         if fused and initial_state is None and not return_state:
             return _fused_ops().forward(q, k, v, maps, spec, cu_seqlens=cu_seqlens)[0]
-        packed, lengths = _packed_index(cu_seqlens)
+        packed, lengths = packed_index(cu_seqlens)
         q, k, v = (x[0][packed] for x in (q, k, v))
     batch, columns = q.shape[:2]
     if initial_state is None and not return_state:
         y, _ = _run(fused, q, k, v, maps, spec, lengths, None, end=False)
-        return y if packed is None or lengths is None else _unpack(y, packed, lengths)
+        return y if packed is None or lengths is None else unpack_rows(y, packed, lengths)
 
     counts = torch.full((batch,), columns, device=q.device) if lengths is None else lengths
     counts = counts.to(torch.int64)
@@ -104,7 +105,7 @@ def hybrid_attention(
         rows = held[:, None] + torch.arange(columns, device=q.device)
         y = y.gather(1, rows[..., None, None].expand(-1, -1, *y.shape[2:]))
     if packed is not None:
-        y = _unpack(y, packed, counts)
+        y = unpack_rows(y, packed, counts)
     if end is None:
         return y
     length = first + (counts if held is None else held + counts)
@@ -293,20 +294,6 @@ def _fused(
         raise ValueError(f"`backend` triton cannot take this call: {reason}")
     _say(logging.WARNING, f"hybrid attention on {q.device.type}: chunked PyTorch form, since {reason}")
     return False
-
-
-def _packed_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Column of the packed row for each place of the right-padded batch [n, longest], and the n lengths."""
-    lengths = cu_seqlens.diff().to(torch.int64)
-    columns = torch.arange(int(lengths.max()), device=cu_seqlens.device)
-    index = cu_seqlens[:-1, None].to(torch.int64) + torch.minimum(columns, (lengths - 1).clamp(min=0)[:, None])
-    return index, lengths
-
-
-def _unpack(y: Tensor, packed: Tensor, lengths: Tensor) -> Tensor:
-    """Right-padded [n, longest, H, D] → packed [1, T, H, D]."""
-    real = torch.arange(packed.shape[1], device=y.device)[None, :] < lengths[:, None]
-    return y[real][None]
 
 
 def _behind_ring(
