@@ -34,7 +34,9 @@ class LinearizeConfig:
         softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
-        feature_map_init: ``kaiming`` (published) or ``identity`` (needs feature_dim equal to the head dim).
+        feature_map_init: ``kaiming`` (published), ``identity`` (needs feature_dim equal to the head dim) or
+            ``calibrated``: centres of clusters of the teacher's keys, and window factors by their error, which
+            attention transfer sets from its first rows before it trains.
         feature_map_bias: add a learned bias before the activation (t2r of the paper has one).
         feature_map_skip: use x(W + I) instead of xW; needs feature_dim equal to the head dim.
         tie_qk: queries and keys share one map.
@@ -54,7 +56,7 @@ class LinearizeConfig:
     softmax_sinks: int = 0
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
-    feature_map_init: Literal["kaiming", "identity"] = "kaiming"
+    feature_map_init: Literal["kaiming", "identity", "calibrated"] = "kaiming"
     feature_map_bias: bool = False
     feature_map_skip: bool = False
     tie_qk: bool = False

@@ -55,7 +55,10 @@ class FeatureMaps(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initial values: the key map starts as a copy of the query map of the (first) head that it serves."""
+        """Initial values: the key map starts as a copy of the query map of the (first) head that it serves.
+
+        ``calibrated`` maps are drawn as ``kaiming`` ones until `calibration` has seen data.
+        """
         if self.settings.feature_map_init == "identity":
             self.w_q.copy_(torch.eye(self.head_dim))
         else:

@@ -249,6 +249,11 @@ class Params:
     gates: GatesParams = field(default_factory=GatesParams)
     relinearize: RelinearizeParams = field(default_factory=RelinearizeParams)
 
+    def __post_init__(self) -> None:
+        calibrated = self.linearize.feature_map_init == "calibrated"
+        text = "`linearize.feature_map_init: calibrated` needs `transfer.enabled`, which calibrates"
+        _require(self.transfer.enabled or not calibrated, text, self.transfer.enabled)
+
 
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Read and check the parameters.

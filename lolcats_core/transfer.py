@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from lolcats_core import parallel
 from lolcats_core.attention import HybridContext, Scores, document_numbers
+from lolcats_core.calibration import calibrate
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.modeling import feature_maps, named_map_parameters
@@ -185,6 +186,8 @@ def attention_transfer(
     check_cross_entropy(rows, params)
     student.eval()
     device = student.device
+    if student.config.linearize["feature_map_init"] == "calibrated" and len(rows):
+        calibrate(student, rows, params, seed)
     return train(
         trainable=named_map_parameters(student),
         step=lambda batch, scale: transfer_losses(student, batch, params, scale),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lolcats_core import parallel
+from lolcats_core.calibration import calibrate_layer, calibration_rows
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -176,6 +177,8 @@ class StreamedTransfer:
         for name, value in initial.items():
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
         rows = _HiddenRows(self.calibration, self.buffer, index)
+        if maps.settings.feature_map_init == "calibrated":
+            self._calibrate(index, rows)
 
         def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
             observer = LossObserver(len(self.maps), params, scale)
@@ -212,6 +215,15 @@ class StreamedTransfer:
                 save_file(tensors, partial)
             shutil.rmtree(own_scratch, ignore_errors=True)
         parallel.barrier()
+
+    def _calibrate(self, index: int, rows: _HiddenRows) -> None:
+        def observe(*given: Any) -> None:
+            calibrate_layer(*given, seed=self.seed)
+            raise StopForward
+
+        found = rows.batch(calibration_rows(len(rows), self.params, self.seed))
+        batch = {name: value.to(self.sweep.device) for name, value in found.items()}
+        self.sweep.forward_layer(index, batch["hidden"], batch, observe)
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""

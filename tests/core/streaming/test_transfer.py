@@ -50,7 +50,13 @@ def streamed(folder: Path, scratch: Path, settings: LinearizeConfig = SETTINGS, 
 
 @pytest.mark.parametrize(
     ("family", "settings", "documents"),
-    [("llama", SETTINGS, False), ("llama", MIXED, True), ("gemma3_text", SETTINGS, False), ("gpt_neox", MIXED, False)],
+    [
+        ("llama", SETTINGS, False),
+        ("llama", MIXED, True),
+        ("llama", dataclasses.replace(MIXED, feature_map_init="calibrated"), True),
+        ("gemma3_text", SETTINGS, False),
+        ("gpt_neox", MIXED, False),
+    ],
 )
 def test_the_maps_are_those_of_the_joint_mode(
     tmp_path: Path, family: str, settings: LinearizeConfig, documents: bool
