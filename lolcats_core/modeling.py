@@ -71,6 +71,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 PREFIX = "lolcats_"
 # Settings that decide where training starts and nothing after it.
 INITIAL = ("init_window_factor", "feature_map_init")
+# Besides, settings of the kept heads, which attention transfer does not look at.
+NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_sinks")
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -213,11 +215,14 @@ def feature_maps(model: nn.Module) -> dict[str, FeatureMaps]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeatureMaps)}
 
 
-def check_settings(saved: dict[str, Any], model: dict[str, Any], source: Path | str) -> None:
+def check_settings(
+    saved: dict[str, Any], model: dict[str, Any], source: Path | str, free: tuple[str, ...] = INITIAL
+) -> None:
     """Refuse parameters trained under other settings; those that only choose initial values may differ.
 
     Args:
         saved: the values of the `LinearizeConfig` that `source` was made with; `model`: those of the model.
+        free: settings that may differ.
 
     Raises:
         UserError: naming the first setting that differs and both values.
@@ -227,7 +232,7 @@ def check_settings(saved: dict[str, Any], model: dict[str, Any], source: Path | 
     except TypeError as error:
         raise UserError(f"{source}: made by another version of this package ({error})") from None
     for key, value in wanted.items():
-        if made[key] != value and key not in INITIAL:
+        if made[key] != value and key not in free:
             raise UserError(f"{source}: made with `{key}` {made[key]!r}, but the model has {value!r}")
 
 
@@ -337,5 +342,5 @@ def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, t
         raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
     except (KeyError, ValueError):
         raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
-    check_settings(made, settings, path)
+    check_settings(made, settings, path, NOT_OF_MAPS)
     return tensors

@@ -73,6 +73,18 @@ def published_settings(config: Any) -> LinearizeConfig:
     return replace(LinearizeConfig(), feature_dim=min(64, dim))
 
 
+def state_facts(config: Any, settings: LinearizeConfig, dtype: torch.dtype) -> dict[str, int]:
+    """The student's state beside the published recipe's and what the teacher's cache grows by, all in bytes."""
+    student, published = (state_size(config, chosen, dtype) for chosen in (settings, published_settings(config)))
+    whole = LinearizeConfig(softmax_layers=tuple(range(config.num_hidden_layers)))
+    teacher = state_size(config, whole, dtype)
+    return {
+        **vars(student),
+        "published": published.linear + published.exact,
+        "teacher_per_token": teacher.per_token,
+    }
+
+
 def _hybrid_bytes(settings: LinearizeConfig, key_heads: int, group: int, dim: int, dtype: torch.dtype) -> int:
     state: HybridState = empty_state(
         1,

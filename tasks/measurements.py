@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats_core import linearize, load_feature_maps
+from lolcats_core import LinearizeConfig, linearize, load_feature_maps
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
@@ -26,6 +26,7 @@ from lolcats_core.evaluation.results import ResultCache, model_hash
 from lolcats_core.files import sha256_json, write_json, write_text
 from lolcats_core.progress import progress
 from lolcats_core.runtime import resolve_device, resolve_dtype
+from lolcats_core.state_size import state_facts
 from lolcats_core.teacher import load_teacher, load_tokenizer
 from tasks.stage import Stage
 
@@ -112,6 +113,11 @@ class Measurements:
             return self.cache.get(name, {**key, **settings}, measure)
 
         return self.kept(f"{name}-{step}", look_up)
+
+    def state(self) -> dict[str, int]:
+        """Bytes that the student's decoding holds for one sequence: `state_facts`."""
+        config = self.models.get("finetuned").config
+        return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
 
     def bigram(self) -> dict[str, Any]:
         """The baseline, counted on the training rows."""

@@ -169,6 +169,13 @@ def test_the_bound_survives_saving(tmp_path: Path) -> None:
     torch.testing.assert_close(decode(loaded, ids, 20), model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_maps_fit_whatever_the_window_of_the_kept_heads(tmp_path: Path) -> None:
+    lc.save_feature_maps(tiny_student(settings=MIXED), tmp_path / "maps")
+    model = lc.linearize(tiny_teacher(), BOUNDED)
+    lc.load_feature_maps(model, tmp_path / "maps")
+    assert torch.equal(model(tokens(2, 40)).logits, tiny_student(settings=BOUNDED)(tokens(2, 40)).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -142,6 +142,9 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
     assert [len(result["positions"][step]["ranges"]) for step in ("teacher", "finetuned")] == [5, 5]
     assert result["positions"]["teacher"]["length"] == 4 * LENGTH
     assert result["generation"]["prompts"] == 2
+    state = result["state"]
+    assert metrics["state_over_published"] == (state["linear"] + state["exact"]) / state["published"]
+    assert metrics["state_per_token_bytes"] == state["per_token"] == 0
     audit = result["audit"]
     assert {len(audit[name]) for name in ("layers", "entropy", "head_errors", "linear_mass")} == {2}
     assert audit["whole"] != audit["linear_off"]

@@ -62,6 +62,7 @@ EVALUATION: dict[str, Any] = {
         "prompt_tokens": 16,
         "new_tokens": 8,
     },
+    "state": {"linear": 5000, "exact": 1000, "per_token": 0, "published": 8000, "teacher_per_token": 64},
     "audit": {
         "whole": 10.0,
         "linear_off": 10.1,
@@ -151,6 +152,7 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
         "k",
         "0.25",
         "leans on its window",
+        "0.75x the published recipe's",
     ):
         assert said in page.text, said
     assert page.text.index("gap 64") < page.text.index("gap 1024")
