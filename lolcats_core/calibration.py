@@ -26,6 +26,7 @@ ROWS = 4
 KEYS = 4096  # that are clustered, of each head
 ITERATIONS = 10
 WINDOW_FACTORS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9998)
 
 
 def calibration_rows(rows: int, params: TransferParams, seed: int) -> np.ndarray:
@@ -77,17 +78,25 @@ def calibrate_layer(
         w = w - torch.eye(maps.head_dim, dtype=w.dtype, device=w.device)
     key_maps.copy_(w)
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
-    if maps.settings.window == "none":
-        return
-    errors = []
-    for gamma in WINDOW_FACTORS:
-        maps.window_factor.fill_(gamma).logit_()
+
+    def errors() -> Tensor:
         operands, options = maps.operands()
         options |= {"scale": scores.scale, "softcap": scores.softcap}
         y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=edges))
-        errors.append((y.float() - y_true.float()).square().mean((0, 1, 3)))
-    factors = torch.tensor(WINDOW_FACTORS, device=w.device, dtype=maps.window_factor.dtype)
-    maps.window_factor.copy_(factors[torch.stack(errors).argmin(0)].logit())
+        return (y.float() - y_true.float()).square().mean((0, 1, 3))
+
+    def choose(factor: Tensor, values: tuple[float, ...]) -> None:
+        """The value with the least error for each entry of `factor`, which may serve several heads."""
+        found = []
+        for value in values:
+            factor.fill_(value).logit_()
+            found.append(errors().unflatten(0, (len(factor), -1)).mean(1))
+        factor.copy_(torch.tensor(values, device=w.device, dtype=factor.dtype)[torch.stack(found).argmin(0)].logit())
+
+    if maps.decay is not None:
+        choose(maps.decay, DECAYS)
+    if maps.settings.window != "none":
+        choose(maps.window_factor, WINDOW_FACTORS)
 
 
 @torch.no_grad()

@@ -34,6 +34,8 @@ class LinearizeConfig:
         softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
+        linear_decay: initial factor by which a token's weight in the linear part shrinks with each later token, learned
+            per map of the keys; None: no decay (published). The fused kernels do not have it.
         feature_map_init: ``kaiming`` (published), ``identity`` (needs feature_dim equal to the head dim) or
             ``calibrated``: centres of clusters of the teacher's keys, and window factors by their error, which
             attention transfer sets from its first rows before it trains.
@@ -56,6 +58,7 @@ class LinearizeConfig:
     softmax_sinks: int = 0
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
+    linear_decay: float | None = None
     feature_map_init: Literal["kaiming", "identity", "calibrated"] = "kaiming"
     feature_map_bias: bool = False
     feature_map_skip: bool = False
@@ -79,6 +82,8 @@ class LinearizeConfig:
             raise UserError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
         if not 0.0 < self.init_window_factor < 1.0:
             raise UserError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
+        if self.linear_decay is not None and not 0.0 < self.linear_decay < 1.0:
+            raise UserError(f"`linear_decay` must be null or lie strictly between 0 and 1, got {self.linear_decay}")
         if any(layer < 0 for layer in self.softmax_layers):
             raise UserError(f"`softmax_layers` must be layer indices of at least 0, got {self.softmax_layers}")
         twice = sorted(self.softmax_heads.keys() & set(self.softmax_layers))

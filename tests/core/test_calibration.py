@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lolcats_core as lc
-from lolcats_core.calibration import WINDOW_FACTORS, calibrate, key_clusters
+from lolcats_core.calibration import DECAYS, WINDOW_FACTORS, calibrate, key_clusters
 from lolcats_core.modeling import feature_maps, named_map_parameters
 from lolcats_core.params import ParamsError, TransferParams, params_from_dict
 from lolcats_core.transfer import attention_transfer, evaluate_transfer
@@ -69,6 +69,8 @@ def test_it_starts_far_below_the_other_initial_values_on_real_text() -> None:
         {"window": "none"},
         {"feature_map": "t2r", "linear_factor": "affine", "window": "sliding"},
         {"softmax_heads": {0: (1,)}},
+        {"linear_decay": 0.5},
+        {"linear_decay": 0.5, "k_map_per": "kv_head", "window": "none"},
     ],
 )
 @pytest.mark.parametrize("documents", [False, True])
@@ -89,6 +91,8 @@ def test_every_kind_of_map_is_set_from_the_first_rows_that_training_sees(
     for maps in feature_maps(student).values():
         factors = torch.tensor(WINDOW_FACTORS if settings.window != "none" else (0.1,))
         assert ((maps.window_factor.sigmoid()[:, None] - factors).abs().amin(1) < 1e-6).all()
+        if maps.decay is not None:
+            assert ((maps.decay.sigmoid()[:, None] - torch.tensor(DECAYS)).abs().amin(1) < 1e-6).all()
 
 
 def test_training_starts_from_it_and_keeps_the_best(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -99,11 +101,10 @@ def test_inside_the_window_the_student_is_its_teacher_whatever_its_maps(family: 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("decay", [None, 0.9])
 @torch.no_grad()
-def test_every_window_and_kind_of_key_map_decodes_exactly(window: str, per: str) -> None:
-    settings = LinearizeConfig(
-        window=window, window_size=8, feature_dim=8, k_map_per=per, softmax_layers=(1,), softmax_heads={2: (0,)}
-    )
+def test_every_window_and_kind_of_key_map_decodes_exactly(window: str, per: str, decay: float | None) -> None:
+    settings = replace(MIXED, window=window, k_map_per=per, softmax_heads={2: (0,)}, linear_decay=decay)
     model, rows = tiny_student(settings=settings), [tokens(1, n, seed=n) for n in (41, 20)]
     full = model(rows[0], use_cache=False).logits
     close(decode(model, rows[0], 19), full)
