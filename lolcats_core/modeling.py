@@ -54,6 +54,7 @@ from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.files import atomic_file
 from lolcats_core.kv_groups import KVGroups
 from lolcats_core.remote_code import auto_map, write_code
+from lolcats_core.rotary import fuse_rotary
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -92,6 +93,7 @@ class LinearizedMixin:
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
             layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
+            fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))

@@ -286,10 +286,10 @@ def ablate(
     setup_logging()
     root = find_root()
     from lolcats_core.ablation import SECTIONS, Budget
+    from lolcats_core.ablation_report import markdown
     from lolcats_core.params import load_params
     from tasks import experiment
     from tasks.ablate import ablate as run_rows
-    from tasks.ablate import markdown
 
     budget, values = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows), _parse_overrides(set)
     if preset or values:
