@@ -137,6 +137,8 @@ class TransferParams(TrainingParams):
 
     `mode`: ``joint`` trains all layers in each pass, ``streamed`` one layer after the other with one in memory;
     ``auto`` takes joint where the model fits. `buffer`: where a streamed run keeps the hidden states.
+    `loss_normalization: layer` divides each layer's error by the mean square of its softmax output. `window_dropout`:
+    probability with which a layer trains a step without its window, so that its linear branch keeps working.
     """
 
     enabled: bool = True
@@ -144,9 +146,12 @@ class TransferParams(TrainingParams):
     buffer: Literal["disk", "memory"] = "disk"
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
+    loss_normalization: Literal["none", "layer"] = "none"
+    window_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(0 <= self.window_dropout < 1, "`window_dropout` must lie in [0, 1)", self.window_dropout)
         _require(self.mse_weight >= 0, "`mse_weight` must be at least 0", self.mse_weight)
         _require(self.xent_weight >= 0, "`xent_weight` must be at least 0", self.xent_weight)
         _require(
@@ -158,6 +163,9 @@ class TransferParams(TrainingParams):
 class FinetuneParams(TrainingParams):
     """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy).
 
+    `loss`: ``logit_kl`` follows the teacher's logits, ``mixed`` gives them `kl_weight` of the whole and cross-entropy
+    the rest. `train_feature_maps`: the maps train on, with `map_lr` (null: `lr`) and `map_weight_decay`.
+    `window_dropout`: as in `TransferParams`.
     `quantize_base`: hold the frozen projections in 4 bits while LoRA trains; the result is merged into the teacher's
     own weights. `segment_length`: take rows in pieces of so many tokens, the state passed on without gradients.
     """
@@ -167,7 +175,13 @@ class FinetuneParams(TrainingParams):
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    loss: Literal["cross_entropy", "logit_kl", "mixed"] = "cross_entropy"
+    kl_weight: float = 0.5
+    kl_temperature: float = 1.0
     train_feature_maps: bool = False
+    map_lr: float | None = None
+    map_weight_decay: float = 0.0
+    window_dropout: float = 0.0
     quantize_base: bool = False
     segment_length: int | None = None
 
@@ -175,6 +189,13 @@ class FinetuneParams(TrainingParams):
         super().__post_init__()
         segment = self.segment_length
         _require(segment is None or segment >= 8, "`segment_length` must be null or at least 8", segment)
+        plain = segment is None or self.loss == "cross_entropy"
+        _require(plain, "`segment_length` must be null with `loss` logit_kl or mixed", segment)
+        _require(0 < self.kl_weight <= 1, "`kl_weight` must lie in (0, 1]", self.kl_weight)
+        _require(self.kl_temperature > 0, "`kl_temperature` must be greater than 0", self.kl_temperature)
+        _require(self.map_lr is None or self.map_lr > 0, "`map_lr` must be null or greater than 0", self.map_lr)
+        _require(self.map_weight_decay >= 0, "`map_weight_decay` must be at least 0", self.map_weight_decay)
+        _require(0 <= self.window_dropout < 1, "`window_dropout` must lie in [0, 1)", self.window_dropout)
         _require(self.lora_rank >= 1, "`lora_rank` must be at least 1", self.lora_rank)
         _require(self.lora_alpha >= 1, "`lora_alpha` must be at least 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "`lora_dropout` must lie in [0, 1)", self.lora_dropout)

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lolcats_core import parallel
-from lolcats_core.attention import HybridContext, Scores, document_numbers
+from lolcats_core.attention import HybridContext, Scores, TransferObserver, document_numbers
+from lolcats_core.branches import window_dropout
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.modeling import feature_maps, named_map_parameters
@@ -67,6 +68,8 @@ class LossObserver:
                 q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
             mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=edges)
             loss = self.params.mse_weight * mse
+            if self.params.loss_normalization == "layer":
+                loss = loss / y_true.to(mse.dtype).square().mean().clamp(min=torch.finfo(mse.dtype).tiny)
             if self.params.xent_weight:
                 loss = loss + self.params.xent_weight * attention_cross_entropy(q, k, operands, options)
             loss = loss / self.layers
@@ -116,13 +119,18 @@ def transfer_losses(
         scale: factor on the loss whose gradients are added to the maps' ``.grad``; None computes no gradient.
     """
     observer = LossObserver(len(feature_maps(student)), params, scale)
+    show_layers(student, batch, observer)
+    return observer.scalars()
+
+
+@torch.no_grad()
+def show_layers(student: PreTrainedModel, batch: dict[str, Tensor], observer: TransferObserver) -> None:
+    """Pass a batch through the decoder with the teacher's outputs, each linearized layer shown to `observer`."""
     positions = batch.get("position_ids")
     document = None if positions is None else document_numbers(positions)
     context = HybridContext(observer=observer, document=document)
-    with torch.no_grad():
-        decoder = cast(Any, student).base_model
-        decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
-    return observer.scalars()
+    decoder = cast(Any, student).base_model
+    decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
 
 
 def evaluate_transfer(
@@ -185,9 +193,14 @@ def attention_transfer(
     check_cross_entropy(rows, params)
     student.eval()
     device = student.device
+
+    def step(batch: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        with window_dropout(student, params.window_dropout):
+            return transfer_losses(student, batch, params, scale)
+
     return train(
         trainable=named_map_parameters(student),
-        step=lambda batch, scale: transfer_losses(student, batch, params, scale),
+        step=step,
         rows=rows,
         params=params,
         evaluate=lambda: evaluate_transfer(student, validation, params, device),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats_core.attention import HybridContext, Scores
+from lolcats_core.branches import Branch, without_branch
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
 from lolcats_core.evaluation.perplexity import perplexity
@@ -28,41 +29,18 @@ from lolcats_kernels.hybrid_attention.naive import window_mask
 
 # Queries per block of the quadratic weights.
 BLOCK = 128
-Branch = Literal["linear", "window"]
 
 
 @contextlib.contextmanager
 def branch_off(student: nn.Module, branch: Branch, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Inside the block, one branch of the linearized heads is off in `layers` (all by default).
-
-    Without the ``linear`` branch only the window is left. Without the ``window`` the linear branch sees every token up
-    to the query, as in pure linear attention.
-    """
-    changed = []
+    """`without_branch` in `layers` (all by default)."""
+    chosen = []
     for layer in attention_layers(student):
         maps = getattr(layer, "feature_maps", None)
         if maps is not None and (layers is None or layer.layer_idx in layers):
-            changed.append((maps, vars(maps).get("operands")))
-            # An attribute of the instance goes before the method of its class.
-            maps.operands = _without(maps.operands, branch)
-    try:
+            chosen.append(maps)
+    with without_branch(chosen, branch):
         yield
-    finally:
-        for maps, outer in changed:
-            if outer is None:
-                del maps.operands
-            else:
-                maps.operands = outer
-
-
-def _without(operands: Callable[[], Any], branch: Branch) -> Callable[[], Any]:
-    def changed() -> Any:
-        maps, options = operands()
-        if branch == "window":
-            return maps, {**options, "window": "none"}
-        return maps, {**options, "linear_factor": torch.zeros_like(maps[2])}
-
-    return changed
 
 
 @contextlib.contextmanager

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lolcats_core import parallel
+from lolcats_core.attention import look_away
+from lolcats_core.branches import window_dropout
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -184,7 +186,8 @@ class StreamedTransfer:
                 observer(*arguments)
                 raise StopForward
 
-            sweep.forward_layer(index, batch["hidden"], batch, observe)
+            with window_dropout(maps, 0.0 if scale is None else params.window_dropout):
+                sweep.forward_layer(index, batch["hidden"], batch, observe)
             return observer.scalars()
 
         def held_out(indices: np.ndarray) -> dict[str, Tensor]:
@@ -215,7 +218,7 @@ class StreamedTransfer:
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""
-        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, _look_away))
+        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, look_away))
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.sweep.device
@@ -243,10 +246,6 @@ class StreamedTransfer:
             tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
             results.append(TrainResult(**torch.load(self._result(index), weights_only=True)))
         return tensors, _merged(results)
-
-
-def _look_away(*_: Any) -> None:
-    """The observer of a pass that only needs the teacher's outputs."""
 
 
 def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
