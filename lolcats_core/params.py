@@ -22,6 +22,8 @@ from lolcats_core.errors import ParamsError
 from lolcats_core.errors import require as _require
 from lolcats_core.operation_params import GatesParams, RelinearizeParams
 
+Criterion = Literal["transfer_error", "normalized_transfer_error", "logit_kl", "greedy_kl", "random", "even"]
+
 
 @dataclass(frozen=True)
 class ComputeParams:
@@ -160,6 +162,35 @@ class TransferParams(TrainingParams):
 
 
 @dataclass(frozen=True)
+class SelectParams:
+    """Which layers or kv groups keep softmax attention after stage 1 has measured them.
+
+    `softmax_budget`: null (those that `linearize` names), or one of ``layers`` (how many), ``heads`` (share of the kv
+    groups, rounded) and ``cache_ratio`` (at most that share of the teacher's kv cache). `criterion`: the largest
+    ``transfer_error`` (``normalized_``: over the size of the softmax output), the largest KL of the teacher's logits
+    where one alone is linear (``logit_kl``), step by step the one whose softmax lowers the student's KL most
+    (``greedy_kl``), and ``random`` and ``even`` as controls. `rows`: validation rows for the KL.
+    """
+
+    softmax_budget: Mapping[str, float] | None = field(default=None, hash=False)
+    criterion: Criterion = "transfer_error"
+    rows: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 1, "`rows` must be at least 1", self.rows)
+        budget = self.softmax_budget
+        if budget is None:
+            return
+        one = len(budget) == 1 and next(iter(budget)) in ("layers", "heads", "cache_ratio")
+        _require(one, "`softmax_budget` must be null or have one key, layers, heads or cache_ratio", dict(budget))
+        (kind, value), *_ = budget.items()
+        if kind == "layers":
+            _require(value >= 1 and value == int(value), "`softmax_budget.layers` must be at least 1", value)
+        else:
+            _require(0 < value < 1, f"`softmax_budget.{kind}` must lie in (0, 1)", value)
+
+
+@dataclass(frozen=True)
 class FinetuneParams(TrainingParams):
     """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy).
 
@@ -264,6 +295,7 @@ class Params:
     data: DataParams = field(default_factory=DataParams)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     transfer: TransferParams = field(default_factory=TransferParams)
+    select: SelectParams = field(default_factory=SelectParams)
     finetune: FinetuneParams = field(default_factory=FinetuneParams)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
     register: RegisterParams = field(default_factory=RegisterParams)

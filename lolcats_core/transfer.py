@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lolcats_core import parallel
-from lolcats_core.attention import HybridContext, Scores, TransferObserver, document_numbers
+from lolcats_core.attention import HybridContext, Scores, TransferObserver, document_numbers, student_attention
 from lolcats_core.branches import window_dropout
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -148,13 +148,73 @@ def evaluate_transfer(
 
 def mean_losses(losses: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, float]:
     """Mean of `losses` over rows 0 … count - 1, by batches, divided between the processes."""
+    means = mean_values(losses, count, batch_size)
+    return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+
+
+def mean_values(measure: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, Tensor]:
+    """As `mean_losses`, of tensors of any shape, in float64."""
     sums: dict[str, Any] = {}
     batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     for indices, real in parallel.rounds(batches):
-        for name, value in losses(indices).items():
+        for name, value in measure(indices).items():
             sums[name] = sums.get(name, 0.0) + value.double() * (len(indices) * real)
-    totals = parallel.total(torch.stack(list(sums.values()))).tolist()
-    return {name: value / count for name, value in zip(sums, totals, strict=True)}
+    flat = parallel.total(torch.cat([value.flatten() for value in sums.values()])) / count
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+
+class HeadErrors:
+    """Observer of a forward pass: each linearized head's mean squared error, and the mean square of its softmax output.
+
+    `values`: by `layer_name`, [2, H] of a batch; `Errors` are their means over rows.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        index: int,
+        maps: FeatureMaps,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y_true: Tensor,
+        scores: Scores,
+        context: HybridContext,
+    ) -> None:
+        y = student_attention(maps, q, k, v, scores, context)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        both = torch.stack([y.to(wide) - y_true.to(wide), y_true.to(wide)])
+        self.values[layer_name(index)] = both.square().mean((1, 2, 4))
+
+
+# By layer: "error" (mean squared error) and "power" (mean square of the softmax output) of each linearized query head.
+Errors = dict[int, dict[str, list[float]]]
+
+
+def errors_of(means: dict[str, Tensor]) -> Errors:
+    """Means of `HeadErrors.values` as plain numbers."""
+    rows = {int(name.rpartition("_")[2]): value.tolist() for name, value in means.items()}
+    return {layer: {"error": error, "power": power} for layer, (error, power) in sorted(rows.items())}
+
+
+def head_errors(student: PreTrainedModel, rows: Rows, count: int, batch_size: int) -> Errors:
+    """Transfer errors of every linearized head over the first `count` rows, under teacher forcing.
+
+    Args:
+        student: after attention transfer, before LoRA, so that its projections are the teacher's.
+    """
+    device = student.device
+
+    def measure(indices: np.ndarray) -> dict[str, Tensor]:
+        observer = HeadErrors()
+        show_layers(student, {name: value.to(device) for name, value in rows.batch(indices).items()}, observer)
+        return observer.values
+
+    return errors_of(mean_values(measure, min(count, len(rows)), batch_size))
 
 
 def check_cross_entropy(rows: Rows, params: TransferParams) -> None:

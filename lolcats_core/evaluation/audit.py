@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats_core.attention import HybridContext, Scores
+from lolcats_core import transfer
+from lolcats_core.attention import Scores
 from lolcats_core.branches import Branch, without_branch
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
@@ -24,7 +25,7 @@ from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.modeling import attention_layers
 from lolcats_core.training import Rows
-from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_weights, window_scores
+from lolcats_kernels.hybrid_attention import hybrid_weights, window_scores
 from lolcats_kernels.hybrid_attention.naive import window_mask
 
 # Queries per block of the quadratic weights.
@@ -209,30 +210,9 @@ def head_errors(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
     Returns:
         By layer, one value per linearized query head.
     """
-    errors, powers = _Means(), _Means()
-
-    def observe(
-        index: int,
-        maps: FeatureMaps,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y_true: Tensor,
-        scores: Scores,
-        context: HybridContext,
-    ) -> None:
-        operands, options = maps.operands()
-        options |= {"scale": scores.scale, "softcap": scores.softcap}
-        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options))
-        count = y.shape[0] * y.shape[1] * y.shape[3]
-        errors.add(index, (y.float() - y_true.float()).square().sum((0, 1, 3)), count)
-        powers.add(index, y_true.float().square().sum((0, 1, 3)), count)
-
-    device = model_device(student)
-    decoder = cast(Any, student).base_model
     with evaluating(student):
-        for row in range(min(max_rows, len(rows))):
-            ids = rows.batch([row])["input_ids"].to(device)
-            decoder(input_ids=ids, use_cache=False, hybrid=HybridContext(observer=observe))
-    error, power = errors.result(), powers.result()
-    return {x: [e / max(p, 1e-12) for e, p in zip(error[x], power[x], strict=True)] for x in error}
+        found = transfer.head_errors(student, rows, max_rows, batch_size=1)
+    return {
+        str(layer): [error / max(power, 1e-12) for error, power in zip(each["error"], each["power"], strict=True)]
+        for layer, each in found.items()
+    }
