@@ -16,19 +16,17 @@ import argparse
 import dataclasses
 import json
 import logging
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
 from lolcats_core.files import write_json
+from lolcats_core.machine import device_tags, versions
 from lolcats_core.params import read_yaml
 from lolcats_core.recipes import Bench, Measures, Recipe, exclude_ids, run
 from lolcats_core.runtime import resolve_device, resolve_dtype
@@ -85,15 +83,14 @@ def collect(recipes: Sequence[Recipe], seeds: Sequence[int], bench: Bench) -> li
 
 def report(rows: list[dict[str, Any]], bench: Bench) -> dict[str, Any]:
     """The results file."""
-    device = bench.teacher.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "teacher": {"parameters": sum(p.numel() for p in bench.teacher.parameters()), **bench.teacher_row},
         "measures": dataclasses.asdict(bench.measures),
         "sequence_length": bench.train_rows.sequence_length,
         "rows": rows,
-        "hardware": {"device": name, "dtype": str(bench.teacher.dtype).removeprefix("torch.")},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "hardware": device_tags(),
+        "dtype": str(bench.teacher.dtype).removeprefix("torch."),
+        "versions": versions(),
     }
 
 

@@ -18,11 +18,12 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates
+from lolcats_core.machine import device_tags
 from lolcats_core.params import Params, load_params
 from tasks import experiment, graph, promotion, summary
 from tasks.promotion import CHAMPION
 from tasks.stage import raise_terminated
-from tasks.tracking import PARENT_VARIABLE, Run, close_abandoned, device_tags, first_line
+from tasks.tracking import PARENT_VARIABLE, Run, close_abandoned, first_line
 
 logger = logging.getLogger(__name__)
 

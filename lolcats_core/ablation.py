@@ -1,7 +1,8 @@
 """The paper's ablation (arXiv 2410.10254, section 4.2 and appendix B): which rows there are, one row, and the ordering.
 
 Every row starts from the same teacher, rows of text and seed and takes as many optimiser steps. A row without attention
-transfer trains maps and LoRA together for the steps that the others spend on both stages.
+transfer trains maps and LoRA together for the steps that the others spend on both stages. Rows with the same maps share
+one attention transfer, each finished row is kept, and several processes over one scratch directory share the work.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,13 +21,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lolcats_core.config import LinearizeConfig
-from lolcats_core.errors import UserError
+from lolcats_core.data.rows import TokenRows
+from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.files import sha256_json, write_json
 from lolcats_core.finetune import low_rank_finetune
+from lolcats_core.locks import locked
 from lolcats_core.modeling import linearize, load_feature_maps, save_feature_maps
-from lolcats_core.params import FinetuneParams, TransferParams
+from lolcats_core.params import FinetuneParams, Params, TransferParams
+from lolcats_core.runtime import resolve_device, resolve_dtype, seed_everything
+from lolcats_core.teacher import load_teacher, load_tokenizer
 from lolcats_core.training import Rows
 from lolcats_core.transfer import attention_transfer, evaluate_transfer
 
@@ -39,6 +45,7 @@ WINDOW_SIZES = (4, 8, 16, 32, 64, 128, 256)
 KEPT_LAYERS = (1, 2)
 # Rows of the validations inside training, which only tell the first weights from the last.
 VALIDATION_ROWS = 4
+CHECKPOINT_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class Budget:
     eval_rows: int = 12
     recall_gap: int = 128
     recall_samples: int = 8
+
+    def slug(self) -> str:
+        """Its values as a part of a file's name."""
+        return "-".join(map(str, dataclasses.astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -71,17 +82,41 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows share."""
+    """What all rows share. `linearize`: what a row does not change; `scratch`: of this setting alone."""
 
     teacher: PreTrainedModel
     train_rows: Rows
     validation_rows: Rows
+    linearize: LinearizeConfig
     transfer: TransferParams
     finetune: FinetuneParams
     budget: Budget
     seed: int
     scratch: Path
     exclude_ids: tuple[int, ...] = ()
+
+
+def load_setting(pin: Path, rows: Path, params: Params, budget: Budget, scratch: Path) -> Setting:
+    """The setting of a pinned teacher (`lolcats_core.teacher`) and the token rows in `rows`/train and /validation.
+
+    Raises:
+        UserError: the teacher or the rows are missing or damaged, or the device does not exist.
+    """
+    seed_everything(params.seed)
+    tokenizer = load_tokenizer(pin)
+    dtype, device = resolve_dtype(params.compute.precision), resolve_device(params.compute.device)
+    return Setting(
+        teacher=load_teacher(pin, dtype=dtype, device=device),
+        train_rows=TokenRows.open(rows / "train"),
+        validation_rows=TokenRows.open(rows / "validation"),
+        linearize=params.linearize,
+        transfer=params.transfer,
+        finetune=params.finetune,
+        budget=budget,
+        seed=params.seed,
+        scratch=scratch,
+        exclude_ids=tuple(sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})),
+    )
 
 
 def projections(teacher: nn.Module, base: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -92,6 +127,17 @@ def projections(teacher: nn.Module, base: tuple[str, ...]) -> list[tuple[str, ..
     return [*parts, base, *([every] if set(every) > set(base) else [])]
 
 
+def check_sections(sections: Sequence[str]) -> None:
+    """Refuse sections that do not exist.
+
+    Raises:
+        UserError: naming the first one and those there are.
+    """
+    for section in sections:
+        if section not in SECTIONS:
+            raise UserError(f"a section must be one of {', '.join(SECTIONS)}, got {section!r}")
+
+
 def rows(
     base: LinearizeConfig,
     finetune: FinetuneParams,
@@ -99,14 +145,7 @@ def rows(
     projection_sets: Sequence[tuple[str, ...]],
     sections: Sequence[str] = SECTIONS,
 ) -> list[Row]:
-    """Every row of the sections asked for, but `softmax_layers`, which needs the base row's errors (`kept_rows`).
-
-    Raises:
-        UserError: a section does not exist.
-    """
-    for section in sections:
-        if section not in SECTIONS:
-            raise UserError(f"`--section` must be one of {', '.join(SECTIONS)}, got {section!r}")
+    """Every row of the sections asked for, but `softmax_layers`, which needs the base row's errors (`kept_rows`)."""
     common = {"lora_rank": finetune.lora_rank, "target_modules": finetune.target_modules}
     found: list[Row] = []
     for feature_map in FEATURE_MAPS:
@@ -163,92 +202,135 @@ def kept_rows(published: Row, layer_errors: Mapping[int, float]) -> list[Row]:
     return found
 
 
-def run_row(row: Row, setting: Setting) -> dict[str, Any]:
+def run(
+    setting: Setting,
+    sections: Sequence[str] = SECTIONS,
+    note: Callable[[Row, dict[str, Any]], None] = lambda row, measured: None,
+) -> list[dict[str, Any]]:
+    """Train and measure every row of `sections`; those that another process works on are left to it.
+
+    Args:
+        note: called with each row and its measurements (`run_row`) as they come.
+
+    Returns:
+        In the order of the table, a row's section, label and settings with its measurements.
+    """
+    sets = projections(setting.teacher, setting.finetune.target_modules)
+    found = rows(setting.linearize, setting.finetune, setting.budget, sets, sections)
+    results = _run_all(found, setting, note)
+    if "softmax_layers" in sections:
+        published = base_of(setting.linearize, setting.finetune, setting.budget)
+        errors = cast(dict[str, Any], run_row(published, setting))["layer_errors"]
+        results += _run_all(kept_rows(published, {int(n): value for n, value in errors.items()}), setting, note)
+    return results
+
+
+def _run_all(
+    found: Sequence[Row], setting: Setting, note: Callable[[Row, dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    measured: dict[int, dict[str, Any]] = {}
+    for wait in (False, True):  # first what nobody works on, then what others have finished meanwhile
+        for number, row in enumerate(found):
+            if number not in measured and (result := run_row(row, setting, wait=wait)) is not None:
+                measured[number] = result
+                logger.info("%d of %d rows", len(measured), len(found))
+                note(row, result)
+    return [_described(row) | measured[number] for number, row in enumerate(found)]
+
+
+def _described(row: Row) -> dict[str, Any]:
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    return values | {"target_modules": list(row.target_modules), "linearize": row.linearize.to_dict()}
+
+
+def run_row(row: Row, setting: Setting, *, wait: bool = True) -> dict[str, Any] | None:
     """Train and measure one row; kept as JSON in the scratch directory, so that a killed ablation continues.
+
+    Args:
+        wait: for another process that is at this row; otherwise None is returned then.
 
     Returns:
         ``before`` and ``after`` (perplexity without and with LoRA), ``recall``, ``layer_errors`` (after transfer) and
-        ``tokens``; a perplexity that diverged is None.
+        ``tokens``; of a row that diverged, None for what could not be measured.
     """
     file = setting.scratch / f"row-{row.key()}.json"
-    if file.is_file():
+    with locked(file.with_suffix(".lock"), wait=wait) as mine:
+        if not mine:
+            return None
+        if not file.is_file():
+            measured = _measure(row, setting, file.with_suffix(""))
+            write_json(file, measured)
+            shown = "  ".join(f"{name} {v:.4g}" for name, v in measured.items() if isinstance(v, float))
+            logger.info("%s, %s: %s", row.section, row.label, shown)
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    budget, work = setting.budget, setting.scratch / f"row-{row.key()}"
+
+
+def _measure(row: Row, setting: Setting, work: Path) -> dict[str, Any]:
+    measured: dict[str, Any] = {"before": None, "after": None, "recall": None, "layer_errors": {}, "tokens": 0}
     student = linearize(setting.teacher, row.linearize, seed=setting.seed)
-    errors = _transfer(student, row, setting)
-    before = _perplexity(student, setting)
-    training = dataclasses.replace(
-        setting.finetune,
-        batch_size=budget.batch_size,
-        gradient_accumulation=1,
-        max_steps=budget.steps if row.transfer_steps else 2 * budget.steps,
-        epochs=10_000,
-        eval_every=10_000,
-        max_eval_rows=min(budget.eval_rows, VALIDATION_ROWS),
-        lora_rank=row.lora_rank,
-        lora_alpha=2 * row.lora_rank,
-        target_modules=row.target_modules,
-        train_feature_maps=row.transfer_steps == 0,
-    )
-    adapted, result = low_rank_finetune(
-        student, setting.train_rows, setting.validation_rows, training, scratch=work, seed=setting.seed
-    )
-    measured = {
-        "before": before,
-        "after": _perplexity(adapted, setting),
-        "recall": _recall(adapted, setting),
-        "layer_errors": errors,
-        "tokens": result.tokens + row.transfer_steps * budget.batch_size * int(setting.train_rows.sequence_length),
-    }
-    write_json(file, measured)
+    try:
+        measured["layer_errors"] = _transfer(student, row, setting)
+        measured["before"] = _perplexity(student, setting)
+        training = dataclasses.replace(
+            setting.finetune,
+            **_training(setting.budget),
+            max_steps=setting.budget.steps * (1 if row.transfer_steps else 2),
+            lora_rank=row.lora_rank,
+            lora_alpha=2 * row.lora_rank,
+            target_modules=row.target_modules,
+            train_feature_maps=row.transfer_steps == 0,
+        )
+        adapted, result = low_rank_finetune(
+            student, setting.train_rows, setting.validation_rows, training, scratch=work, seed=setting.seed
+        )
+        before_lora = row.transfer_steps * setting.budget.batch_size * int(setting.train_rows.sequence_length)
+        measured["tokens"] = result.tokens + before_lora
+        measured["after"] = _perplexity(adapted, setting)
+        measured["recall"] = _recall(adapted, setting)
+    except DivergedError as error:
+        logger.warning("%s, %s: diverged: %s", row.section, row.label, error)
     shutil.rmtree(work, ignore_errors=True)
-    shown = {name: value for name, value in measured.items() if isinstance(value, float)}
-    logger.info("%s: %s", row.label, "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     return measured
+
+
+def _training(budget: Budget) -> dict[str, Any]:
+    """What a budget decides in the parameters of both stages; a row is short, so it keeps few checkpoints."""
+    return {
+        "batch_size": budget.batch_size,
+        "gradient_accumulation": 1,
+        "epochs": 10_000,
+        "eval_every": 10_000,
+        "max_eval_rows": min(budget.eval_rows, VALIDATION_ROWS),
+        "checkpoint_every": CHECKPOINT_EVERY,
+    }
 
 
 def _transfer(student: PreTrainedModel, row: Row, setting: Setting) -> dict[str, float]:
     """Attention transfer, shared by all rows with the same maps; each layer's error by its number."""
-    budget = setting.budget
-    params = dataclasses.replace(
-        setting.transfer,
-        batch_size=budget.batch_size,
-        gradient_accumulation=1,
-        max_steps=row.transfer_steps or None,
-        epochs=10_000,
-        eval_every=10_000,
-        max_eval_rows=min(budget.eval_rows, VALIDATION_ROWS),
-    )
+    params = dataclasses.replace(setting.transfer, **_training(setting.budget), max_steps=row.transfer_steps or None)
     if row.transfer_steps:
         key = sha256_json({"linearize": row.linearize.to_dict(), "steps": row.transfer_steps})[:16]
         maps = setting.scratch / f"maps-{key}.safetensors"
-        if maps.is_file():
-            load_feature_maps(student, maps)
-        else:
-            attention_transfer(
-                student,
-                setting.train_rows,
-                setting.validation_rows,
-                params,
-                scratch=maps.with_suffix(""),
-                seed=setting.seed,
-            )
-            save_feature_maps(student, maps)
-            shutil.rmtree(maps.with_suffix(""), ignore_errors=True)
+        with locked(maps.with_suffix(".lock")):
+            if not maps.is_file():
+                work = maps.with_suffix("")
+                attention_transfer(
+                    student, setting.train_rows, setting.validation_rows, params, scratch=work, seed=setting.seed
+                )
+                save_feature_maps(student, maps)
+                shutil.rmtree(work, ignore_errors=True)
+        load_feature_maps(student, maps)
     losses = evaluate_transfer(student, setting.validation_rows, params, student.device)
+    if not math.isfinite(losses["loss"]):
+        raise DivergedError(f"the loss of attention transfer is {losses['loss']}")
     return {str(int(name.removeprefix("layer_"))): value for name, value in losses.items() if name != "loss"}
 
 
-def _perplexity(model: nn.Module, setting: Setting) -> float | None:
+def _perplexity(model: nn.Module, setting: Setting) -> float:
     budget = setting.budget
-    try:
-        result = perplexity(
-            model, setting.validation_rows, batch_size=budget.batch_size, max_rows=budget.eval_rows, name="a row"
-        )
-    except UserError as error:
-        logger.warning("%s", error)
-        return None
-    return result.perplexity
+    return perplexity(
+        model, setting.validation_rows, batch_size=budget.batch_size, max_rows=budget.eval_rows, name="a row"
+    ).perplexity
 
 
 def _recall(model: nn.Module, setting: Setting) -> float:
@@ -264,56 +346,6 @@ def _recall(model: nn.Module, setting: Setting) -> float:
     )[budget.recall_gap].value
 
 
-def teacher_row(setting: Setting) -> dict[str, float | None]:
+def teacher_row(setting: Setting) -> dict[str, float]:
     """The teacher's own `perplexity` and `recall`."""
     return {"perplexity": _perplexity(setting.teacher, setting), "recall": _recall(setting.teacher, setting)}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One statement of the paper, whether it holds here, and the numbers that say so."""
-
-    text: str
-    holds: bool
-    numbers: str
-
-
-def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: LinearizeConfig) -> list[Claim]:
-    """The orderings of the paper's ablation, held against the grid.
-
-    Args:
-        measured: results by the label of the grid's rows (`rows`).
-
-    Raises:
-        KeyError: the grid is not complete.
-    """
-
-    def value(feature_map: str, window: str, transfer: bool, name: str = "after") -> float:
-        label = f"{feature_map}, {window}, {base.k_map_per}, {'transfer' if transfer else 'no transfer'}"
-        found = measured[label][name]
-        return float("inf") if found is None else float(found)
-
-    def claim(text: str, *pairs: tuple[float, float]) -> Claim:
-        numbers = ", ".join(f"{low:.4g} < {high:.4g}" for low, high in pairs)
-        return Claim(text, all(low < high for low, high in pairs), numbers)
-
-    maps = FEATURE_MAPS
-    return [
-        claim(
-            "attention transfer lowers perplexity before LoRA (published: 60.9 instead of 2448)",
-            *((value(m, "none", True, "before"), value(m, "none", False, "before")) for m in maps),
-        ),
-        claim(
-            "attention transfer lowers final perplexity at equal steps (published: hedgehog 3.90 < 9.02, t2r 4.11 < "
-            "16.05)",
-            *((value(m, "none", True), value(m, "none", False)) for m in maps),
-        ),
-        claim(
-            "hedgehog is below t2r without and with transfer (published: 9.02 < 16.05, 3.90 < 4.11)",
-            *((value("hedgehog", "none", t), value("t2r", "none", t)) for t in (False, True)),
-        ),
-        claim(
-            "a softmax window lowers it further, terraced and sliding alike",
-            *((value(m, w, True), value(m, "none", True)) for m in maps for w in WINDOWS[1:]),
-        ),
-    ]

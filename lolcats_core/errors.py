@@ -14,6 +14,10 @@ class UserError(ValueError):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
+class DivergedError(UserError):
+    """A loss is NaN or infinite: the weights that gave it are of no use."""
+
+
 class Unavailable(UserError):
     """Something outside (a tracking server, a DVC remote) does not answer: the same call may succeed later."""
 

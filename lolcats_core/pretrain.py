@@ -33,7 +33,6 @@ from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import bigram_perplexity, perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.files import atomic_directory, sha256_file, sha256_json, write_json
-from lolcats_core.params import TrainingParams
 from lolcats_core.pretrain_config import PretrainConfig, config_from_arguments
 from lolcats_core.pretrain_data import (
     IGNORED,
@@ -47,13 +46,14 @@ from lolcats_core.pretrain_data import (
 )
 from lolcats_core.runtime import resolve_device, seed_everything
 from lolcats_core.training import TrainResult, train
+from lolcats_core.training_params import TrainingParams
 
 logger = logging.getLogger(__name__)
 RECORD = "TEACHER.json"
 
 
 @dataclass
-class _Data:
+class PretrainData:
     """Token arrays (int16), the text they came from in bytes, and the corpus' record."""
 
     train: np.ndarray
@@ -92,10 +92,10 @@ def build_model(config: PretrainConfig) -> nn.Module:
     return model
 
 
-def _prepare(config: PretrainConfig, scratch: Path) -> _Data:
+def prepare_data(config: PretrainConfig) -> PretrainData:
     """Corpus, tokenizer and tokens; read back when the same settings made them before."""
     names = ("seed", "vocab_size", "context", "search_paths", "held_out", "tokenizer_bytes")
-    directory = scratch / f"data-{sha256_json([getattr(config, n) for n in names])[:16]}"
+    directory = Path(config.scratch) / f"data-{sha256_json([getattr(config, n) for n in names])[:16]}"
     if not (directory / "data.json").exists():
         started = time.monotonic()
         found = corpus.installed_corpus(
@@ -127,7 +127,7 @@ def _prepare(config: PretrainConfig, scratch: Path) -> _Data:
         "tokens": {name: len(array) for name, array in arrays.items()},
         "tokens_sha256": {name: sha256_file(directory / f"{name}.npy") for name in arrays},
     }
-    return _Data(**arrays, bytes=made["bytes"], record=record, tokenizer=directory / "tokenizer")
+    return PretrainData(**arrays, bytes=made["bytes"], record=record, tokenizer=directory / "tokenizer")
 
 
 def _loss_function(model: Any, config: PretrainConfig, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -224,7 +224,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _export(model: Any, data: _Data, out: Path, record: dict[str, Any]) -> dict[str, Any]:
+def _export(model: Any, data: PretrainData, out: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Write the model (bf16), its tokenizer and the record as one Hugging Face directory; returns the record."""
     import copy
     import shutil
@@ -238,11 +238,12 @@ def _export(model: Any, data: _Data, out: Path, record: dict[str, Any]) -> dict[
     return record
 
 
-def _evaluations(model: Any, config: PretrainConfig, data: _Data) -> dict[str, Any]:
+def _evaluations(model: Any, config: PretrainConfig, data: PretrainData) -> dict[str, Any]:
     """Perplexity on unseen text beside the bigram and unigram models', and copying recall."""
     train_rows = ArrayRows(data.train, config.sequence_length, config.vocab_size)
     found: dict[str, Any] = {}
-    for name, tokens in (("standard_library", data.unseen), ("validation_packages", data.validation)):
+    texts = (("standard_library", data.unseen), ("validation_packages", data.validation))
+    for name, tokens in texts if config.evaluation_rows else ():
         rows = ArrayRows(tokens, config.sequence_length, config.vocab_size, config.evaluation_rows)
         result = perplexity(model, rows, batch_size=32)
         bytes_per_token = data.bytes["unseen" if name == "standard_library" else "validation"] / max(1, len(tokens))
@@ -274,9 +275,9 @@ def pretrain(config: PretrainConfig, log: Callable[[dict[str, float], int], None
 
     started = time.monotonic()
     device = resolve_device(config.device)
-    scratch = Path(config.scratch)
+    scratch = Path(config.scratch) / f"model-{sha256_json(config.without_paths())[:16]}"
     scratch.mkdir(parents=True, exist_ok=True)
-    data = _prepare(config, scratch)
+    data = prepare_data(config)
     prepared = time.monotonic() - started
     logger.info("tokens: %s; bytes: %s", data.record["tokens"], data.bytes)
 
@@ -382,6 +383,13 @@ def _thinned(history: list[dict[str, float]], points: int = 100) -> list[dict[st
     return [rounded(entry) for entry in sorted(kept, key=lambda entry: entry["step"])]
 
 
+def summary(record: dict[str, Any]) -> str:
+    """What a person wants to see of a record."""
+    shown = {"parameters": record["parameters"], **record["training"], **record["evaluation"]}
+    shown.pop("loss_curve")
+    return json.dumps(shown, indent=2) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     """`lolcats teacher` and `python -m lolcats_core.pretrain`: prints the measurements; 1 after an error's one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -390,9 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    shown = {"parameters": record["parameters"], **record["training"], **record["evaluation"]}
-    shown.pop("loss_curve")
-    sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    sys.stdout.write(summary(record))
     return 0
 
 

@@ -121,6 +121,7 @@ _HELP = {
     "max_minutes": "training time; the steps are set from the speed at the start",
     "context": "longest sequence the model's configuration states (default: %(default)s)",
     "copy_share": "share of rows that teach copying (default: %(default)s)",
+    "evaluation_rows": "rows of each unseen text that the model and a bigram are measured on; 0: none of it",
     "search_paths": "directories with installed packages (default: those of this Python)",
     "held_out": "further directories whose Python files must not be trained on",
 }

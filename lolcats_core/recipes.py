@@ -39,10 +39,11 @@ from lolcats_core.modeling import (
     restrict_maps,
     save_feature_maps,
 )
-from lolcats_core.params import Params, TrainingParams, apply_overrides, params_from_dict
+from lolcats_core.params import Params, apply_overrides, params_from_dict
 from lolcats_core.runtime import seed_everything
 from lolcats_core.selection import NEEDS_MODEL, select, student_divergence
 from lolcats_core.training import Rows, total_steps
+from lolcats_core.training_params import TrainingParams
 from lolcats_core.transfer import Errors, attention_transfer, head_errors
 
 logger = logging.getLogger(__name__)

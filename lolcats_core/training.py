@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from lolcats_core import parallel
-from lolcats_core.errors import UserError
+from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.files import atomic_file
-from lolcats_core.params import TrainingParams
 from lolcats_core.progress import progress
+from lolcats_core.training_params import TrainingParams
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
@@ -201,7 +201,8 @@ def train(
         weigh: what rows count for in the mean that ``loss`` is, where several processes divide a micro-batch.
 
     Raises:
-        UserError: the loss is not finite, no row to train on, or the checkpoint is damaged.
+        DivergedError: the loss is not finite.
+        UserError: no row to train on, or the checkpoint is damaged.
     """
     if len(rows) == 0:
         raise UserError(f"{label}: there are no training rows")
@@ -277,7 +278,7 @@ def _mean(window: list[dict[str, Tensor]], steps: int, label: str, step: int) ->
     sums = {name: torch.stack([entry[name].float() for entry in window]).sum() / steps for name in window[0]}
     values = dict(zip(sums, parallel.total(torch.stack(list(sums.values()))).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
-        raise UserError(f"{label}: the loss is {values['loss']} at step {step}; lower the learning rate `lr`")
+        raise DivergedError(f"{label}: the loss is {values['loss']} at step {step}; lower the learning rate `lr`")
     return {f"train_{name}": value for name, value in values.items()}
 
 

@@ -289,8 +289,8 @@ def ablate(
     setup_logging()
     root = find_root()
     from lolcats_core.ablation import SECTIONS, Budget
+    from lolcats_core.ablation_report import markdown
     from tasks.ablate import ablate as run_rows
-    from tasks.ablate import markdown
 
     budget = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows)
     work, params, environment = _work(root, preset, set)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
 from lolcats_core.files import atomic_file, write_json, write_text
+from lolcats_core.machine import device_tags, versions
 from lolcats_core.params import Params
 from lolcats_core.recipes import Bench, Measures, Recipe, budgets, exclude_ids, run
 from lolcats_core.runtime import resolve_device, resolve_dtype
@@ -24,7 +25,6 @@ from lolcats_core.selection import budget_count
 from lolcats_core.teacher import load_teacher, load_tokenizer
 from tasks import graph
 from tasks.logs import quiet_progress_bars
-from tasks.tracking import device_tags, versions
 
 logger = logging.getLogger(__name__)
 NEEDED = ("teacher", "prepare")

@@ -8,20 +8,20 @@ registered model says first where both are going, and whoever comes next complet
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lolcats_core.errors import Unavailable, UserError
+from lolcats_core.locks import locked
 from lolcats_core.params import GatesParams
 from tasks import registry
 from tasks.gates import PROBED, GateReport, judge
@@ -65,14 +65,9 @@ def _speaks_of_the_store(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """One process of this machine at a time moves aliases; the lock goes with the process that holds it."""
-    path = root / ".dvc" / "tmp" / "lolcats-aliases.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _alone(root: Path) -> contextlib.AbstractContextManager[bool]:
+    """One process of this machine at a time moves aliases."""
+    return locked(root / ".dvc" / "tmp" / "lolcats-aliases.lock")
 
 
 def alias_version(client: Any, name: str, alias: str) -> Any:

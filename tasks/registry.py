@@ -22,9 +22,10 @@ from urllib.parse import unquote, urlparse
 
 from lolcats_core.errors import Unavailable, UserError
 from lolcats_core.files import sha256_tree
+from lolcats_core.machine import device_tags, versions
 from lolcats_core.params import Params, read_yaml
 from tasks import graph, history
-from tasks.tracking import EXPERIMENT, Run, connect, device_tags, experiment_id, first_line, git_state, versions
+from tasks.tracking import EXPERIMENT, Run, connect, experiment_id, first_line, git_state
 
 logger = logging.getLogger(__name__)
 REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyyaml", "triton")

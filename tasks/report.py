@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lolcats_core.errors import UserError
-from lolcats_core.files import write_text
+from lolcats_core.files import write_json, write_text
 from tasks import report_figures as figures
-from tasks.evaluation_figures import perplexity_figure, recall_figure
+from tasks.evaluation_figures import MODELS, perplexity_figure, recall_figure
 from tasks.figures import layer_figure, loss_figure, selection_figure
 from tasks.report_html import STEPS, Facts, page
 from tasks.stage import Stage, main
@@ -39,8 +39,10 @@ def run(stage: Stage) -> Mapping[str, float]:
             "data": vars(params.data),
         },
     )
-    selection = read(stage, "select", "selection.json")
     histories = {name: history(stage, name) for name in ("transfer", "finetune")}
+    for name, points in plots(facts.evaluation, histories).items():
+        write_json(stage.out / "plots" / f"{name}.json", points)
+    selection = read(stage, "select", "selection.json")
     drawn = draw(facts, selection, histories, params.data.sequence_length)
     with matplotlib.rc_context({"svg.hashsalt": "lolcats"}):  # the same figures are the same bytes
         for name, figure in drawn.items():
@@ -68,6 +70,28 @@ def history(stage: Stage, name: str) -> list[dict[str, float]]:
     """A training stage's history; empty where nothing was trained."""
     text = Path(stage.input(name) / "history.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def plots(
+    evaluation: Mapping[str, Any], histories: Mapping[str, list[dict[str, float]]]
+) -> dict[str, list[dict[str, float]]]:
+    """Points that DVC plots and compares between revisions, by the name of their file; JSON lines it cannot read."""
+    found = {
+        f"{stage}/{part}": [{"step": e["step"], "loss": e[key]} for e in entries if key in e]
+        for stage, entries in histories.items()
+        for part, key in (("training", "train_loss"), ("validation", "validation_loss"))
+    }
+    recall, positions = evaluation["recall"], evaluation["positions"]
+    found["recall"] = [
+        {"gap": int(gap)} | {model: recall[model][gap]["value"] for model in MODELS}
+        for gap in sorted(recall.get("teacher", {}), key=int)
+    ]
+    ranges = zip(*(positions[model]["ranges"] for model in MODELS), strict=True) if positions else ()
+    found["positions"] = [
+        {"position": entry[0]["stop"]} | {model: e["loss"] for model, e in zip(MODELS, entry, strict=True)}
+        for entry in ranges
+    ]
+    return found
 
 
 def draw(

@@ -28,10 +28,11 @@ import psutil
 
 from lolcats_core.errors import UserError
 from lolcats_core.files import atomic_directory, sha256_file, sha256_json, sha256_tree, write_json, write_text
+from lolcats_core.machine import device_tags
 from lolcats_core.params import Params, load_params, read_yaml
 from tasks.logs import quiet_progress_bars, setup_logging
 from tasks.processes import end_with, process_of
-from tasks.tracking import Run, device_tags, finite, first_line
+from tasks.tracking import Run, finite, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -164,8 +165,10 @@ def _launch(name: str, root: Path) -> None:
     except UserError:
         return  # said by `execute`
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", f"tasks.{name}"])
+        from lolcats_core.parallel import threads, torchrun  # imports torch, which one process alone does later
+
+        command = [sys.executable, *torchrun(processes), "-m", f"tasks.{name}"]
+        os.execve(sys.executable, command, threads(processes))
 
 
 def _rank() -> int:

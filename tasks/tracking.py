@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import getpass
 import hashlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_core.errors import Unavailable, UserError
+from lolcats_core.machine import versions
 from lolcats_core.params import Params
 from tasks.logs import quiet_libraries
 
@@ -33,7 +33,6 @@ PARENT_VARIABLE = "LOLCATS_PARENT_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
 FLUSH_SECONDS = 2.0
 FLUSH_METRICS = 500  # MLflow takes at most 1000 in one call
-VERSIONED = ("torch", "transformers", "peft", "triton", "lm_eval", "mlflow", "dvc", "datasets", "tokenizers")
 
 
 def tracking_uri(root: Path) -> str:
@@ -115,27 +114,6 @@ def git_state(root: Path) -> tuple[str, bool]:
     except (OSError, subprocess.SubprocessError):
         return "unknown", True
     return commit, bool(changes.strip())
-
-
-def versions() -> dict[str, str]:
-    """Version of each library that decides a result, of Python, and the name of the GPU where there is one."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def device_tags() -> dict[str, str]:
-    """Processor, cores and GPU of this machine."""
-    import torch
-
-    tags = {"cpu": platform.processor() or platform.machine(), "cores": str(os.cpu_count()), "gpu": "none"}
-    if torch.cuda.is_available():
-        tags["gpu"] = torch.cuda.get_device_name(0)
-        tags["gpus"] = str(torch.cuda.device_count())
-        tags["cuda"] = str(torch.version.cuda)
-    return tags
 
 
 def flatten(params: Params) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lolcats_core import parallel
-from lolcats_core.errors import UserError
+from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.evaluation.forward import (
     MAX_FLOAT_LOGITS,
     causal_logits,
@@ -98,7 +98,7 @@ def perplexity(
             logits = causal_logits(model, batch["input_ids"], batch.get("position_ids"))[:, :-1]
             loss = summed_cross_entropy(logits, targets, counted)
             if not math.isfinite(loss):
-                raise UserError(
+                raise DivergedError(
                     f"the loss of {name} is {loss} in rows {first} to {first + len(targets) - 1}; it has diverged: "
                     "lower the learning rate of the stage that trained it, or use `compute.precision: float32`"
                 )

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lolcats_core import ablation
-from lolcats_core.ablation import Budget, Setting, base_of, kept_rows, projections, published_ordering, rows, run_row
+from lolcats_core.ablation import (
+    Budget,
+    Row,
+    Setting,
+    base_of,
+    check_sections,
+    kept_rows,
+    projections,
+    rows,
+    run,
+    run_row,
+)
+from lolcats_core.ablation_report import markdown, published_ordering, report_on
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.params import FinetuneParams, TransferParams
@@ -25,6 +40,7 @@ def setting(scratch: Path) -> Setting:
         teacher=tiny_teacher(),
         train_rows=FakeRows(),
         validation_rows=FakeRows(rows=4, seed=1),
+        linearize=BASE,
         transfer=TransferParams(),
         finetune=FINETUNE,
         budget=BUDGET,
@@ -50,8 +66,8 @@ def test_the_grid_is_complete_and_the_other_rows_leave_the_published_recipe_in_o
     assert [row.linearize.window_size for row in found if row.section == "window_size"] == [4, 8, 16, 32, 64, 128, 256]
     assert ("q_proj", "k_proj") in sets
     assert set(sets[-1]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    with pytest.raises(UserError, match=r"`--section` must be one of grid, .* got 'grids'"):
-        rows(BASE, FINETUNE, BUDGET, sets, ["grids"])
+    with pytest.raises(UserError, match=r"a section must be one of grid, .* got 'grids'"):
+        check_sections(["lora_rank", "grids"])
 
 
 def test_ours_keeps_softmax_where_the_transfer_error_is_largest() -> None:
@@ -79,6 +95,58 @@ def test_a_row_is_trained_once_and_shares_its_transfer(tmp_path: Path, monkeypat
     assert set(first["layer_errors"]) == {"0", "1", "2"}
     # Rows share the teacher's weights, so none of them may change it.
     assert all((before[name] == p).all() for name, p in shared.teacher.state_dict().items())
+
+
+def test_a_row_that_diverges_is_said_to_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ablation.low_rank_finetune
+
+    def diverging(student: Any, *rest: Any, **named: Any) -> Any:
+        if rest[2].lora_rank == 4:  # weights that overflow, as a learning rate that is too high leaves them
+            student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight * math.nan, requires_grad=False)
+        return original(student, *rest, **named)
+
+    monkeypatch.setattr(ablation, "low_rank_finetune", diverging)
+    shared = setting(tmp_path)
+    results = run(shared, ["lora_rank"])
+    assert [row["label"] for row in results if row["after"] is None] == ["rank 4"]
+    bad, *good = results
+    assert bad["before"] is not None
+    assert all(row["recall"] is not None and math.isfinite(row["after"]) for row in good)
+    assert run(shared, ["lora_rank"]) == results
+    assert "| rank 4 |" in markdown(report_on(shared, "tiny", results))
+    assert "| diverged | diverged |" in markdown(report_on(shared, "tiny", results))
+
+
+def test_a_transfer_that_diverges_leaves_a_row_without_measurements(tmp_path: Path) -> None:
+    shared = dataclasses.replace(setting(tmp_path), transfer=TransferParams(lr=3e37, max_grad_norm=1e38))
+    results = run(shared, ["softmax_layers"])
+    # Without errors there is nothing to choose kept layers by.
+    assert [row["label"] for row in results] == ["published recipe"]
+    assert [results[0][name] for name in ("before", "after", "recall")] == [None] * 3
+
+
+def test_processes_over_one_scratch_directory_share_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    original = ablation._measure
+
+    def counted(row: Row, *rest: Any) -> Any:
+        trained.append(row.label)
+        return original(row, *rest)
+
+    monkeypatch.setattr(ablation, "_measure", counted)
+    results: list[Any] = [None, None]
+
+    def work(number: int) -> None:
+        results[number] = run(setting(tmp_path), ["lora_rank", "softmax_layers"])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0] == results[1]
+    assert len(results[0]) == 4 + 3
+    assert len(trained) == len(set(trained))
 
 
 def grid(**changed: float) -> dict[str, dict[str, float]]:

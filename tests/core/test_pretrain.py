@@ -205,7 +205,10 @@ def test_minutes_become_steps_once(site: Path, tmp_path: Path) -> None:
     config = tiny(tmp_path, max_steps=None, max_minutes=0.01, eval_every=1000)
     record = pretrain.pretrain(config)
     assert record["training"]["steps"] >= 1
-    assert json.loads((tmp_path / "scratch" / "plan.json").read_text())["steps"] == record["training"]["steps"]
+    assert (
+        json.loads(next((tmp_path / "scratch").glob("model-*/plan.json")).read_text())["steps"]
+        == record["training"]["steps"]
+    )
 
 
 @pytest.mark.parametrize(

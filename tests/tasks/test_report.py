@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lolcats_core.errors import UserError
 from lolcats_core.files import write_json
 from tasks import report
 from tests.tasks.test_evaluate import PARAMS, FakeStage
 
+ROOT = Path(__file__).parents[2]
 MEASURED = {"value": 0.5, "stderr": 0.125}
 TASK: dict[str, Any] = {
     "metric": "acc",
@@ -174,6 +179,27 @@ def test_a_run_that_measured_little_still_has_a_report(tmp_path: Path) -> None:
     write_json(tmp_path / "select" / "selection.json", {**SELECTION, "candidates": []})
     report.run(stage)  # type: ignore[arg-type]
     assert read(stage.out / "report.html").tags.count("img") == 1
+
+
+def test_dvc_plots_losses_recall_and_positions(tmp_path: Path) -> None:
+    stage = make(tmp_path, EVALUATION)
+    report.run(stage)  # type: ignore[arg-type]
+    root = tmp_path / "project"
+    shutil.copytree(stage.out, root / "outputs" / "report")
+    plots = [entry for entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] if isinstance(entry, dict)]
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"plots": plots}))
+    for command in (["init", "--no-scm", "-q"], ["plots", "show", "--json"]):
+        done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert "errors" not in shown
+    points = {name: drawn["content"]["data"]["values"] for name, (drawn,) in shown["data"].items()}
+    for name in ("transfer loss", "finetune loss"):
+        found = [(point["filename"], point["step"], point["loss"]) for point in points[name]]
+        assert found == [("training.json", 2, 4.0), ("validation.json", 0, 5.0), ("validation.json", 2, 3.0)]
+    found = [(point["field"], point["gap"], point["teacher"]) for point in points["copying recall"]]
+    assert found == [(model, gap, 0.5) for model in ("teacher", "finetuned") for gap in (64, 1024)]
+    assert [(point["position"], point["finetuned"]) for point in points["loss by position"]] == [(64, 2.0)] * 2
 
 
 def test_the_same_results_make_the_same_bytes(tmp_path: Path) -> None:

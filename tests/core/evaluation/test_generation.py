@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lolcats_core.cache import HybridCache
+from lolcats_core.config import LinearizeConfig
+from lolcats_core.evaluation.audit import branch_off
 from lolcats_core.evaluation.generation import (
     cache_bytes,
     compare_writing,
@@ -16,6 +18,7 @@ from lolcats_core.evaluation.generation import (
     token_f1,
     until_end,
 )
+from lolcats_core.modeling import linearize
 from tests.core.tiny import MIXED, FakeRows, tiny_student, tiny_teacher, tokens
 
 END = [2]
@@ -57,6 +60,20 @@ def test_a_model_agrees_with_itself_and_a_constant_one_repeats() -> None:
     compared = compare_writing(written, constant, end=[])
     assert compared["repetition_finetuned"] == {"value": 1 - 1 / 7, "stderr": 0.0}
     assert compared["exact_prefix"]["value"] < 10
+
+
+def test_a_student_with_a_broken_state_writes_the_teachers_text_as_far_as_its_window_reaches() -> None:
+    teacher, ids, new = tiny_teacher(), tokens(4, 10), 20
+    reference, _ = continue_greedily(teacher, ids, new)
+    prefix = {}
+    for size in (8, 16):
+        student = linearize(teacher, LinearizeConfig(window_size=size, feature_dim=8))
+        with branch_off(student, "linear"):
+            written, _ = continue_greedily(student, ids, new)
+        prefix[size] = [shared_prefix(a, b) for a, b in zip(reference, written, strict=True)]
+    # A terraced window of 16 holds all 29 tokens before the last one; one of 8 loses the first of them at the 17th.
+    assert prefix[16] == [new] * 4
+    assert all(17 - 10 <= length < new for length in prefix[8])
 
 
 def test_stops_are_compared_where_they_happen() -> None:

@@ -84,6 +84,9 @@ def test_the_numbers_are_those_of_lm_eval_run_on_the_exported_directory(
     for task in TASKS:
         for metric, value in ours[task].metrics.items():
             assert reported[task][f"{metric},none"] == pytest.approx(value, rel=1e-4), (task, metric)
+        if ours[task].chance is not None:
+            stderr = reported[task][f"{ours[task].metric}_stderr,none"]
+            assert stderr == pytest.approx(ours[task].stderr, rel=1e-4), task
 
 
 def test_a_run_cut_short_asks_only_what_is_left(student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

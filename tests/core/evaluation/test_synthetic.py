@@ -40,6 +40,13 @@ def test_a_window_finds_only_what_is_near(window_only: Any, tmp_path: Path, task
     assert any(value == 1.0 for (_, depth), value in found.items() if depth == 0.9)
 
 
+def test_a_window_answers_no_copy_and_no_passkey_from_beyond_it(window_only: Any, tmp_path: Path) -> None:
+    for task in ("copy", "passkey"):  # a copy is always as far away as the string is long
+        far = {length: value for (length, _), value in cells(window_only, task, tmp_path).items() if length > 96}
+        assert far
+        assert set(far.values()) == {0.0}, task
+
+
 def test_copying_falls_where_the_gap_passes_the_window(copier: Any, window_only: Any, constant: Any) -> None:
     measured = {
         name: copy_recall(model, 257, (16, 32, 64, 128), 2, 0, 2)

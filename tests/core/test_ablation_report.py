@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lolcats_core.ablation import Budget, published_ordering, rows
+from lolcats_core.ablation import Budget, rows
+from lolcats_core.ablation_report import markdown, ordering_lines, published_ordering
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.params import FinetuneParams
-from tasks.ablate import markdown, ordering_lines
 from tests.core.test_ablation import grid
 
 BASE = LinearizeConfig()
@@ -23,7 +23,7 @@ def report(**changed: float) -> dict[str, Any]:
         found.append({"section": row.section, "label": row.label, "recall": 0.25, **result})
     return {
         "teacher": {"source": "builtin", "parameters": 5_600_000, "perplexity": 9.5, "recall": 1.0},
-        "budget": {**dataclasses.asdict(budget), "sequence_length": 512},
+        "budget": {**dataclasses.asdict(budget), "sequence_length": 512, "transfer_lr": 1e-2, "finetune_lr": 1e-3},
         "rows": found,
         "ordering": [dataclasses.asdict(claim) for claim in published_ordering(measured, BASE)],
     }
@@ -45,7 +45,7 @@ def test_a_statement_that_fails_is_named_with_its_numbers_and_divergence_is_said
     assert "- DOES NOT HOLD: hedgehog is below t2r" in text
     assert "4 < 3" in text
     diverged = report()
-    diverged["rows"][0]["after"] = None
+    diverged["rows"][0] |= {"after": None, "recall": None}
     assert "| diverged |" in markdown(diverged)
 
 
