@@ -32,6 +32,10 @@ TransferObserver = Callable[[int, FeatureMaps, Tensor, Tensor, Tensor, Tensor, "
 SOFTMAX_BLOCK = 512
 
 
+def look_away(*_: Any) -> None:
+    """The observer of a pass that only needs the teacher's outputs."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """How a layer turns q k^T into scores: times `scale`, then bounded by `softcap` (Gemma 2)."""

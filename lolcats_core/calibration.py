@@ -9,17 +9,16 @@ that the query pays to the key's cluster. Window factors come from the error its
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lolcats_core.attention import HybridContext, Scores, document_numbers
+from lolcats_core.attention import HybridContext, Scores
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.params import TransferParams
-from lolcats_core.training import Rows, step_batches
+from lolcats_core.training import step_batches
 from lolcats_kernels.hybrid_attention import hybrid_attention
 
 ROWS = 4
@@ -97,18 +96,3 @@ def calibrate_layer(
         choose(maps.decay, DECAYS)
     if maps.settings.window != "none":
         choose(maps.window_factor, WINDOW_FACTORS)
-
-
-@torch.no_grad()
-def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed: int) -> None:
-    """Set every layer's maps in one pass of a few training rows under teacher forcing."""
-    batch = {name: x.to(student.device) for name, x in rows.batch(calibration_rows(len(rows), params, seed)).items()}
-    positions = batch.get("position_ids")
-    document = None if positions is None else document_numbers(positions)
-
-    def observe(*given: Any) -> None:
-        calibrate_layer(*given, seed=seed)
-
-    context = HybridContext(observer=observe, document=document)
-    decoder = cast(Any, student).base_model
-    decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)

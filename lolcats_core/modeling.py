@@ -325,6 +325,23 @@ def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
         parameter.copy_(tensors[name])
 
 
+def restrict_maps(maps: Mapping[str, torch.Tensor], made: nn.Module, kept: nn.Module) -> dict[str, torch.Tensor]:
+    """The maps of `made`'s kv groups that are linearized in `kept` as well, in which more groups keep softmax.
+
+    Args:
+        maps: by their names in `made`. Every parameter of `FeatureMaps` has the heads, by kv groups, in front.
+        made, kept: linearized models of one teacher; their weights are not looked at.
+    """
+    before, found = feature_maps(made), {}
+    for name, module in feature_maps(kept).items():
+        groups = before[name].groups.linear
+        places = [groups.index(group) for group in module.groups.linear]
+        for key, _ in module.named_parameters():
+            by_group = maps[f"{name}.{key}"].unflatten(0, (len(groups), -1))
+            found[f"{name}.{key}"] = by_group[places].flatten(0, 1)
+    return found
+
+
 def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of `save_feature_maps` by their names in the model.
 

@@ -29,6 +29,7 @@ from lolcats_core.runtime import resolve_device, resolve_dtype
 from lolcats_core.state_size import state_facts
 from lolcats_core.teacher import load_teacher, load_tokenizer
 from tasks.stage import Stage
+from tasks.training_outputs import selected
 
 logger = logging.getLogger(__name__)
 # Rows beyond the training length, where the teacher's context allows it.
@@ -66,9 +67,10 @@ class Models:
             return load_teacher(stage.input("teacher"), dtype=self.dtype, device=self.device)
         if step == "finetuned":
             return self._load_finetuned(stage.input("finetune") / "model")
-        student = linearize(self.get("teacher"), stage.params.linearize, seed=stage.params.seed)
+        settings, maps = selected(stage)
+        student = linearize(self.get("teacher"), settings, seed=stage.params.seed)
         if step == "transferred":
-            load_feature_maps(student, stage.input("transfer") / "feature_maps.safetensors")
+            load_feature_maps(student, maps)
         return student
 
     def _load_finetuned(self, path: Path) -> PreTrainedModel:

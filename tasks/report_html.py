@@ -40,6 +40,7 @@ CAPTIONS = {
     "entropy": "Spread-out attention is easier to copy than sharp attention.",
     "transfer_loss": "Stage 1, attention transfer.",
     "transfer_layers": "Stage 1, error by layer.",
+    "selection": "Between the stages: what each layer or kv group scored, and what keeps softmax attention.",
     "finetune_loss": "Stage 2, low-rank finetuning.",
 }
 GENERATION = {
@@ -92,7 +93,7 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
         "<h2>Decode state</h2>" + _state(evaluation["state"]),
         "<h2>Generation</h2>" + _generation(evaluation["generation"], facts.speed),
         "<h2>Audit</h2>" + _audit(evaluation["audit"]) + shown("audit", "linear_mass", "head_errors", "entropy"),
-        "<h2>Training</h2>" + shown("transfer_loss", "transfer_layers", "finetune_loss"),
+        "<h2>Training</h2>" + shown("transfer_loss", "transfer_layers", "selection", "finetune_loss"),
         "<h2>Cost</h2>" + _cost(facts.metrics),
         "<h2>Lineage</h2>" + _lineage(facts),
     ]

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lolcats_core as lc
-from lolcats_core.calibration import DECAYS, WINDOW_FACTORS, calibrate, key_clusters
+from lolcats_core.calibration import DECAYS, WINDOW_FACTORS, key_clusters
 from lolcats_core.modeling import feature_maps, named_map_parameters
 from lolcats_core.params import ParamsError, TransferParams, params_from_dict
-from lolcats_core.transfer import attention_transfer, evaluate_transfer
+from lolcats_core.transfer import attention_transfer, calibrate, evaluate_transfer
 from tests.core.tiny import SETTINGS, FakeRows, tiny_teacher
 
 CALIBRATED = dataclasses.replace(SETTINGS, feature_map_init="calibrated")
