@@ -40,6 +40,7 @@ CAPTIONS = {
     "entropy": "Spread-out attention is easier to copy than sharp attention.",
     "transfer_loss": "Stage 1, attention transfer.",
     "transfer_layers": "Stage 1, error by layer.",
+    "selection": "Between the stages: what each layer or kv group scored, and what keeps softmax attention.",
     "finetune_loss": "Stage 2, low-rank finetuning.",
 }
 GENERATION = {
@@ -89,9 +90,10 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
         "<h2>Perplexity</h2>" + _perplexity(evaluation["perplexity"]) + shown("perplexity", "positions"),
         "<h2>Recovery</h2>" + _tasks(evaluation["tasks"]) + shown("recovery"),
         "<h2>Recall and length</h2>" + _recall(evaluation) + shown("recall") + _cells(evaluation["tasks"]),
+        "<h2>Decode state</h2>" + _state(evaluation["state"]),
         "<h2>Generation</h2>" + _generation(evaluation["generation"], facts.speed),
         "<h2>Audit</h2>" + _audit(evaluation["audit"]) + shown("audit", "linear_mass", "head_errors", "entropy"),
-        "<h2>Training</h2>" + shown("transfer_loss", "transfer_layers", "finetune_loss"),
+        "<h2>Training</h2>" + shown("transfer_loss", "transfer_layers", "selection", "finetune_loss"),
         "<h2>Cost</h2>" + _cost(facts.metrics),
         "<h2>Lineage</h2>" + _lineage(facts),
     ]
@@ -226,6 +228,18 @@ def _audit(audit: Mapping[str, Any]) -> str:
             "<p class='bad'>The student leans on its window alone: without the linear branch it loses under 2 %.</p>"
         )
     return leans + table(("student", "perplexity"), rows) + table(header, layers)
+
+
+def _state(state: Mapping[str, int]) -> str:
+    constant = state["linear"] + state["exact"]
+    rows = [
+        ("linear attention: sums and window", number(state["linear"]), ""),
+        ("kept softmax, bounded", number(state["exact"]), ""),
+        ("constant in all", number(constant), f"{constant / state['published']:.2f}x the published recipe's"),
+        ("each token more, student", number(state["per_token"]), ""),
+        ("each token more, teacher", number(state["teacher_per_token"]), ""),
+    ]
+    return table(("of one sequence", "bytes", ""), rows)
 
 
 def _cost(metrics: Mapping[str, Mapping[str, Any]]) -> str:
