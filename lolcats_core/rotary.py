@@ -1,13 +1,15 @@
 """Rotary embeddings of a student's attention layers by the fused kernel, where it applies.
 
-transformers' attention layers call a function of their own module; a student's layers run a copy of `forward` in which
-that name stands for the kernel. Neither transformers' modules nor other models in the process are touched.
+transformers' attention layers call a function of their own module. A student's layers run the same code in a twin of
+that module, in which the name stands for the kernel; neither transformers' modules nor other models are touched.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from functools import lru_cache
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,13 +21,23 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 def fuse_rotary(layer: nn.Module) -> None:
     """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was."""
     forward: Any = type(layer).forward
-    own = getattr(forward, "__globals__", {}).get(NAME)
-    if own is None or NAME not in forward.__code__.co_names:
+    if NAME not in getattr(forward, "__code__", fuse_rotary.__code__).co_names:
         return
-    names = {**forward.__globals__, NAME: _where_it_applies(own)}
-    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    twin = _twin(forward.__module__).__dict__
+    copy = FunctionType(forward.__code__, twin, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     layer.forward = MethodType(copy, layer)
+
+
+@lru_cache
+def _twin(name: str) -> ModuleType:
+    """A module with the names of module `name` and ours in the place of `NAME`; importable, as torch.compile needs."""
+    original = vars(sys.modules[name])
+    twin = ModuleType(f"{__name__}.{name.rpartition('.')[2]}")
+    vars(twin).update({key: value for key, value in original.items() if key not in ("__name__", "__spec__")})
+    vars(twin)[NAME] = _where_it_applies(original[NAME])
+    sys.modules[twin.__name__] = twin
+    return twin
 
 
 def _where_it_applies(own: Rotary) -> Rotary:

@@ -68,6 +68,7 @@ def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
     rotary_kernel[(batch * tokens,)](
         q, k, cos, sin, *outputs, tokens, q.stride()[:3], k.stride()[:3], cos.stride()[:2], sin.stride()[:2],
         H=heads, HK=k.shape[1], D=dim, INVERSE=inverse, num_warps=4 if heads * dim <= 8192 else 8,
+        enable_fp_fusion=False,  # a fused multiply-add would not round the product
     )  # fmt: skip
     return outputs[0], outputs[1]
 

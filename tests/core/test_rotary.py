@@ -36,6 +36,15 @@ def test_every_family_calls_the_kernel_and_computes_the_same(family: str, monkey
 
 
 @torch.no_grad()
+def test_a_compiled_student_calls_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_student(), tokens(1, 9)
+    expected = model(ids, use_cache=False).logits
+    monkeypatch.setattr(rotary, "kernel_for", lambda q: rotary_embedding)
+    found = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_teachers_and_copies_keep_their_own_function(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, ids = tiny_teacher(), tokens(1, 9)
     student = lc.linearize(teacher, MIXED)

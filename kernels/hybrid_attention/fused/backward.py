@@ -123,7 +123,7 @@ def query_gradient_kernel(
         if WINDOW != 0:
             features = activation(x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
             dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
-        p = activation(x, of, ACT, FLOOR, F, FB)
+        p = activation(x, of, ACT, FLOOR, F, FB).to(q.dtype)
         dx = activation_grad(p, dp, ACT)
         part = tl.sum(p * dp, 1)
         if HALVES == 2:
@@ -133,7 +133,7 @@ def query_gradient_kernel(
             if WINDOW != 0:
                 features = activation(-x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
                 dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
-            p = activation(-x, of, ACT, FLOOR, F, FB)
+            p = activation(-x, of, ACT, FLOOR, F, FB).to(q.dtype)
             dx -= activation_grad(p, dp, ACT)
             part += tl.sum(p * dp, 1)
         factor = alpha * inverse

@@ -78,18 +78,16 @@ def output_kernel(
         place = ((slot + c) * HS + hs) * HALVES * FB
         sp = STATES.load([place, 0])
         zp = tl.load(STATES_Z + place + of)
-        p = activation(x, of, ACT, FLOOR, F, FB)
-        weighted = alpha * p
+        # Numerator, denominator and gradients take the same rounded features: where the linear part outweighs the
+        # window, the gradients of its weight are small differences of large sums.
+        weighted = (alpha * activation(x, of, ACT, FLOOR, F, FB)).to(q.dtype)
         den += tl.sum(weighted * zp[None, :], 1)
-        weighted = weighted.to(q.dtype)
         acc = tl.dot(weighted, sp, acc, input_precision="tf32x3")
         if HALVES == 2:
             sn = STATES.load([place + FB, 0])
             zn = tl.load(STATES_Z + place + FB + of)
-            n = activation(-x, of, ACT, FLOOR, F, FB)
-            weighted_n = alpha * n
+            weighted_n = (alpha * activation(-x, of, ACT, FLOOR, F, FB)).to(q.dtype)
             den += tl.sum(weighted_n * zn[None, :], 1)
-            weighted_n = weighted_n.to(q.dtype)
             acc = tl.dot(weighted_n, sn, acc, input_precision="tf32x3")
         if WINDOW != 0:
             # Pairs that are linear inside the two chunks: those that have left a sliding window, or all of them.
@@ -170,14 +168,14 @@ def map_gradient_kernel(
         z = tl.load(STATES_Z + place + of)
         dp = tl.dot(other, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") * scaled[:, None]
         dp += z_factor[:, None] * z[None, :]
-        p = activation(product, of, ACT, FLOOR, F, FB)
+        p = activation(product, of, ACT, FLOOR, F, FB).to(x.dtype)
         dx = activation_grad(p, dp, ACT)
         part = tl.sum(p * dp, 1)
         if HALVES == 2:
             z = tl.load(STATES_Z + place + FB + of)
             dp = tl.dot(other, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3") * scaled[:, None]
             dp += z_factor[:, None] * z[None, :]
-            p = activation(-product, of, ACT, FLOOR, F, FB)
+            p = activation(-product, of, ACT, FLOOR, F, FB).to(x.dtype)
             dx -= activation_grad(p, dp, ACT)
             part += tl.sum(p * dp, 1)
         if QUERY:
