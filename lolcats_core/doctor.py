@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from lolcats_core.errors import UserError
+from lolcats_core.evaluation.forward import MAX_FLOAT_LOGITS
 from lolcats_core.known_models import KNOWN_MODELS, ModelShape
 from lolcats_core.params import Params
 from lolcats_core.runtime import resolve_device
@@ -63,27 +64,36 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
 def train_memory(params: Params, shape: ModelShape) -> dict[str, float]:
     """Bytes on the training device at the peak of each stage (an estimate from the shapes).
 
-    Stage 1 holds the weights and one layer's graph; stage 2 every layer's graph, or one with gradient checkpointing.
+    Stage 1 holds the weights and one layer's work; stage 2 every layer's graph, or one and every layer's input with
+    gradient checkpointing. In bfloat16 the fused kernels keep their chunks' states alone, in float32 (the CPU's
+    precision) the chunked form keeps scores and features besides.
     """
     wide = 2 if params.compute.precision == "bfloat16" else 4
     weights = shape.parameters * wide
     maps = shape.layers * (2 * shape.heads * shape.head_dim * params.linearize.feature_dim + shape.heads)
-    features = 2 * params.linearize.feature_dim
-    window = 2 * params.linearize.window_size
-    # Per token and layer, float32: scores and weights, features, widened q, k, v and y, chunk states.
-    states = 2 * features * shape.head_dim / params.linearize.window_size
-    hybrid = 4 * shape.heads * (4 * window + 6 * features + 8 * shape.head_dim + states)
-    block = wide * (8 * shape.hidden + 4 * shape.intermediate)
+    features, window = 2 * params.linearize.feature_dim, params.linearize.window_size
+    # Per token and layer: projected, rotated and mixed rows, and the float32 states of the chunks.
+    queries, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    attention = wide * 2 * (queries + keys) + 4 * shape.heads * features * shape.head_dim / window
+    if wide == 4:
+        attention += 4 * shape.heads * (8 * window + 6 * features + 8 * shape.head_dim)
+    # Stage 1: the MLP's gate, its activation and its product live at once; or two sets of states.
+    passing = 4 * wide * shape.hidden + max(3 * wide * shape.intermediate, 2 * attention)
+    # Stage 2: two norms keep their float32 inputs and their outputs, the adapters float32 inputs.
+    kept = 2 * (4 + wide) * shape.hidden + 4 * (3 * shape.hidden + queries) + attention + 3 * wide * shape.intermediate
     tokens = {
         "transfer": params.transfer.batch_size * params.data.sequence_length,
         "finetune": params.finetune.batch_size * params.data.sequence_length,
     }
-    logits = tokens["finetune"] * shape.vocab * (wide + 3 * 4)
+    graph = kept * shape.layers
+    if params.compute.gradient_checkpointing:
+        graph = 2 * kept + wide * shape.hidden * shape.layers
+    # Beyond `MAX_FLOAT_LOGITS` they are made a slice at a time.
+    logits = min(tokens["finetune"] * shape.vocab, MAX_FLOAT_LOGITS) * (wide + 3 * 4)
     lora = 16 * params.finetune.lora_rank * shape.layers * 8 * shape.hidden
-    kept = 1 if params.compute.gradient_checkpointing else shape.layers
     return {
-        "transfer": weights + 16 * maps + tokens["transfer"] * (hybrid + block),
-        "finetune": weights + 4 * maps + lora + tokens["finetune"] * kept * (hybrid + block) + logits,
+        "transfer": weights + 16 * maps + tokens["transfer"] * passing,
+        "finetune": weights + 4 * maps + lora + tokens["finetune"] * graph + logits,
     }
 
 

@@ -18,7 +18,7 @@ from lolcats_core.streaming.weights import WeightFiles, names_in, put, read, wit
 
 
 def load_student(
-    folder: Path | str,
+    source: Path | str | WeightFiles,
     config: PreTrainedConfig,
     settings: LinearizeConfig,
     *,
@@ -27,10 +27,11 @@ def load_student(
     seed: int = 0,
     quantized: bool = False,
 ) -> PreTrainedModel:
-    """The teacher in `folder`, linearized; with several processes its frozen weights are divided between them (FSDP2).
+    """The teacher in `source`, linearized; with several processes its layers' frozen weights are divided (FSDP2).
 
-    No more than one whole layer is in a process's memory besides its share. Feature maps are never divided or
-    quantized. Quantized weights are small and stay whole in every process.
+    No more than one whole layer is in a process's memory besides its share and the embeddings, which a forward pass
+    needs whole at both its ends. Feature maps are never divided or quantized. Quantized weights are small and stay
+    whole in every process.
 
     Args:
         seed: of the feature maps, as in `linearize`.
@@ -40,7 +41,7 @@ def load_student(
         UserError: the weights lack a tensor, or the settings do not fit.
     """
     student = without_weights(lambda: empty_student(config, settings))
-    files = WeightFiles(folder)
+    files = source if isinstance(source, WeightFiles) else WeightFiles(source)
     generator = torch.Generator().manual_seed(seed)
     shard = None if quantized or parallel.world() == 1 else _divider(device)
     layers = list(cast(Any, student).base_model.layers)
@@ -70,10 +71,8 @@ def load_student(
     if tied:
         student.tie_weights()
     if shard is not None:
-        # Stage 1 calls the decoder alone. A table that serves both ends stays whole.
-        shard(cast(nn.Module, student.base_model), {table.weight} if tied else set())
-        if not tied:
-            shard(head)
+        # The decoder, which stage 1 calls alone, runs the layers as one pass: it gathers the next one ahead.
+        shard(cast(nn.Module, student.base_model), {student.get_parameter(name) for name in around})
     return student.eval()
 
 

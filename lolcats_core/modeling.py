@@ -54,6 +54,7 @@ from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.files import atomic_file
 from lolcats_core.kv_groups import KVGroups
 from lolcats_core.remote_code import auto_map, write_code
+from lolcats_core.rotary import fuse_rotary
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -88,6 +89,7 @@ class LinearizedMixin:
         config._attn_implementation = ATTENTION_NAME
         settings = LinearizeConfig(**config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
+            fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))

@@ -52,8 +52,22 @@ def start(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # NCCL is told its GPU: a barrier would otherwise have to guess it.
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     return device
+
+
+def torchrun(processes: int) -> list[str]:
+    """Arguments for Python that run what follows (`-m module …`) in `processes` processes of this host."""
+    # The loopback address: a host's own name need not resolve.
+    here = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
+    return ["-m", "torch.distributed.run", *here]
+
+
+def threads(processes: int) -> dict[str, str]:
+    """The environment's share of the cores for each of `processes`; torchrun would give each one core."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
 
 
 def finish() -> None:

@@ -86,8 +86,13 @@ def plan(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: str) ->
         tokens: trained in each stage, all epochs together.
     """
     kind = GPUS[gpu]
+    shared = replace(
+        params,
+        transfer=replace(params.transfer, batch_size=-(-params.transfer.batch_size // gpus)),
+        finetune=replace(params.finetune, batch_size=-(-params.finetune.batch_size // gpus)),
+    )
     choices = []
-    for options in (_transfer(params, shape, tokens, gpus, kind), _finetune(params, shape, tokens, gpus, kind)):
+    for options in (_transfer(shared, shape, tokens, gpus, kind), _finetune(shared, shape, tokens, gpus, kind)):
         found = list(options)
         fitting = [choice for choice in found if choice.fits]
         best = min(fitting, key=lambda choice: choice.seconds, default=None)
@@ -107,8 +112,7 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
     seconds = tokens * work / rate / gpus
     yield Choice("transfer", "joint", weights + own, weights, 0, seconds, _fit(weights + own, gpu) and gpus == 1)
     if gpus > 1:
-        # Each rank gathers one layer at a time on top of its part.
-        memory = weights / gpus + 2 * shape.layer_parameters * wide + own
+        memory = _divided(shape, wide, gpus) + own
         yield Choice("transfer", "joint, divided", memory, weights / gpus, 0, seconds, _fit(memory, gpu))
     memory = streamed_memory(params, shape)
     buffer = tokens / epochs * shape.hidden * wide
@@ -133,6 +137,12 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
     )
 
 
+def _divided(shape: ModelShape, wide: int, gpus: int) -> float:
+    """Bytes of a rank's part of the layers, of two layers that it has gathered, and of the embeddings."""
+    layers = shape.layers * shape.layer_parameters
+    return wide * (layers / gpus + 2 * shape.layer_parameters + shape.parameters - layers)
+
+
 def _finetune(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GPU) -> Iterator[Choice]:
     wide = _wide(params)
     weights = shape.parameters * wide
@@ -146,12 +156,12 @@ def _finetune(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
         if gpus == 1:
             yield Choice("finetune", f"whole{label}", weights + own, weights, 0, seconds, _fit(weights + own, gpu))
         else:
-            memory = weights / gpus + 2 * shape.layer_parameters * wide + own
+            memory = _divided(shape, wide, gpus) + own
             yield Choice("finetune", f"divided{label}", memory, weights / gpus, 0, seconds, _fit(memory, gpu))
         ends = shape.parameters - shape.layers * shape.layer_parameters
         base = shape.layers * shape.layer_parameters * NF4_BYTES + ends * wide
-        # One matrix at a time is unpacked, with the indices that unpack it.
-        memory = base + own + 4 * wide * shape.hidden * shape.intermediate
+        # One matrix at a time is unpacked: its int32 codes, the values and the scaled values.
+        memory = base + own + (2 + 2 * wide) * shape.hidden * shape.intermediate
         yield Choice("finetune", f"quantized{label}", memory, 0, 0, seconds * 1.15, _fit(memory, gpu))
 
 

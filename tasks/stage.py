@@ -165,8 +165,10 @@ def _launch(name: str, root: Path) -> None:
     except UserError:
         return  # said by `execute`
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *torchrun, "-m", f"tasks.{name}"])
+        from lolcats_core.parallel import threads, torchrun  # imports torch, which one process alone does later
+
+        command = [sys.executable, *torchrun(processes), "-m", f"tasks.{name}"]
+        os.execve(sys.executable, command, threads(processes))
 
 
 def _rank() -> int:

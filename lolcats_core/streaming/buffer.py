@@ -13,9 +13,9 @@ of the machine may have left half-written is known by the machine's boot id, and
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
+import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from lolcats_core.errors import UserError
-from lolcats_core.files import write_json
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"
 # Bytes of a block, at least one batch.
@@ -76,8 +75,8 @@ class HiddenBuffer:
         self._key = f"{rows}x{tokens}x{width} {dtype} by {self.block}, boot {_boot_id()}"
         if folder is None:
             self._data = torch.empty(shape, dtype=dtype)
-            if self.device.type == "cuda":
-                _page_lock(self._data)
+            if self.device.type == "cuda" and _page_lock(self._data):
+                weakref.finalize(self, _page_unlock, self._data).atexit = False
             return
         if writer and not resume:
             self.remove()
@@ -162,7 +161,7 @@ class HiddenBuffer:
         """`block` now stands at `layer`, after `settle` in every process."""
         self.layer, self.done = layer, block + 1
         if self.folder is not None and self.writer:
-            write_json(self.folder / PROGRESS, {"key": self._key, "layer": layer, "done": self.done})
+            _write(self.folder / PROGRESS, {"key": self._key, "layer": layer, "done": self.done})
 
     def next_block(self, layer: int) -> range:
         """Blocks that do not stand at `layer` yet."""
@@ -173,11 +172,20 @@ class HiddenBuffer:
         return (block - layer) % (self.blocks + 1) * self.block + within
 
 
-def _page_lock(data: Tensor) -> None:
+def _page_lock(data: Tensor) -> bool:
     """Lock memory for direct copies (torch's own pinned memory is rounded up to a power of two); where the system does
     not allow so much, copies go through small locked pieces instead."""
-    with contextlib.suppress(RuntimeError):
+    try:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _page_unlock(data: Tensor) -> None:
+    """Before the memory is freed: the driver would take whatever comes to lie at its address for locked."""
+    torch.cuda.synchronize()
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(data.data_ptr()))
 
 
 def _write_staged(arrived: torch.cuda.Event, staged: Tensor, target: Tensor) -> None:
@@ -191,6 +199,13 @@ def _boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """The counter, whole or not at all; not forced onto the disk, which would force the rows too."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(state), encoding="utf-8")
+    partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

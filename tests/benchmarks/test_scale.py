@@ -1,31 +1,31 @@
-"""The benchmark of large shapes checks before it measures, and outlives a case that fails."""
+"""The benchmarks of large shapes check before they measure, and outlive a case that fails."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import scale
-from benchmarks.scale import SHAPES, check_streamed, launch, run_case, write_random
+from benchmarks import case as cases
+from benchmarks import parallel, scale
+from benchmarks.case import Case, beside_plan, launch
+from benchmarks.random_weights import SHAPES, Repeated, write_random
+from benchmarks.scale import check_streamed, run_case
+from lolcats_core.plan import plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def options(work: Path, **changes: object) -> argparse.Namespace:
-    values = {
-        "shape": "tiny",
-        "layers": 2,
-        "rows": 8,
-        "length": 64,
-        "batch": 4,
-        "device": "cpu",
-        "gpus": 1,
-        "limit": 60,
-    }
-    return argparse.Namespace(**{**values, "limit": 60, "work": work, "row": work / "row.json", **changes})
+    values = {"tiny": True, "layers": 2, "rows": 8, "length": 64, "batch": 4, "device": "cpu"}
+    return argparse.Namespace(**{**values, "work": work, "row": work / "row.json", **changes})
 
 
 def test_streamed_is_compared_with_joint_and_a_wrong_result_ends_the_run(
@@ -37,10 +37,16 @@ def test_streamed_is_compared_with_joint_and_a_wrong_result_ends_the_run(
         check_streamed(tmp_path, torch.device("cpu"))
 
 
-def test_random_weights_are_a_checkpoint_that_transformers_loads(tmp_path: Path) -> None:
-    write_random(SHAPES["tiny"], tmp_path / "model", torch.device("cpu"), torch.bfloat16)
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+def test_random_weights_are_a_checkpoint_that_transformers_loads_and_grow_by_the_layers_that_lack(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "model"
+    for layers in (1, 3):
+        write_random(replace(SHAPES["tiny"], layers=layers), folder, torch.device("cpu"), torch.bfloat16)
+    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(Repeated(folder, 2)[name.format(5)], Repeated(folder, 3)[name.format(1)])
 
 
 @pytest.mark.parametrize("case", ["streamed_70b", "joint_8b", "finetune_8b_quantized", "finetune_8b_65536_segments"])
@@ -52,8 +58,59 @@ def test_each_kind_of_case_has_a_row(tmp_path: Path, case: str) -> None:
     assert (row["layers"], row["of_layers"]) == (2, 3)
 
 
+def test_the_plan_beside_a_row_is_that_of_the_measured_shape_and_of_the_whole_models_hours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    params = Case("cpu", tmp_path, tiny=True).params(1024, 8)
+    whole = SHAPES["70b"]
+    part = replace(whole, layers=4)
+    expected = [
+        next(c for c in plan(params, shape, cases.TOKENS, 1, "h200") if (c.stage, c.mode) == ("transfer", "streamed"))
+        for shape in (part, whole)
+    ]
+    found = beside_plan(params, part, whole, "transfer", "streamed")
+    assert found["planned_gib"] == pytest.approx(expected[0].memory / 2**30, abs=0.01)
+    assert found["planned_hours"] == pytest.approx(expected[1].seconds / 3600, abs=0.01)
+
+
 def test_a_case_that_fails_or_takes_too_long_is_a_row_that_says_so(tmp_path: Path) -> None:
-    broken = launch("joint_8b", options(tmp_path), ["--device", "cuda:7"])
+    broken = launch("benchmarks.scale", "joint_8b", ["--device", "cuda:7"], work=tmp_path, limit=60)
     assert "this machine has" in broken["failed"]
-    late = launch("joint_8b", options(tmp_path, limit=0.2), [])
-    assert late == {"case": "joint_8b", "failed": "not done within 0.2 s"}
+    late = launch("benchmarks.scale", "joint_8b", [], work=tmp_path, limit=0.2)
+    assert late == {"case": "joint_8b", "gpus": 1, "failed": "not done within 0.2 s"}
+
+
+def test_curves_are_compared_step_by_step() -> None:
+    expected = [[1, 2.0], [2, 1.0]]
+    assert parallel.difference([[1, 2.0], [2, 1.01]], expected) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="different steps"):
+        parallel.difference([[1, 2.0]], expected)
+    row = {"stages": {"joint": {"curve": expected, "tokens_per_second": 10.0}}}
+    faster = {"stages": {"joint": {"curve": [[1, 2.0], [2, 1.01]], "tokens_per_second": 15.0}}}
+    found = parallel.compared({"stages-1": row, "stages-2": faster}, 2)
+    assert [(f["equal"], f["speedup"], f["efficiency"]) for f in found] == [(False, 1.5, 0.75)]
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured_and_compared_with_one_and_continue_its_checkpoints(tmp_path: Path) -> None:
+    command = ["--tiny", "--device", "cpu", "--length", "160", "--micro", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.parallel", *command, "--limit", "300", "--total", "1500"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "parallel.json").read_text())
+    assert not [row for row in found["rows"] if "failed" in row]
+    assert [row["killed"] for row in found["rows"] if "killed" in row] == [True, True]
+    assert {row["comparison"] for row in found["comparisons"]} == {
+        *("joint", "finetune", "streamed"),
+        *(f"resume-continued{way}, {stage}" for way in ("2by1", "1by2") for stage in ("transfer", "finetune")),
+    }
+    assert all(row["difference"] < 1e-5 for row in found["comparisons"])
+    assert "finetun" in (tmp_path / "out" / "parallel.log").read_text()

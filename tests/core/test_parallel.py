@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 def launch(processes: int, work: Path, *arguments: str) -> int:
     """Exit code of the two stages in `work` under torchrun."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, "-m", *torchrun, "-m", "tests.core.distributed_work", str(work), *arguments]
+    torchrun = parallel.torchrun(processes)
+    command = [sys.executable, *torchrun, "-m", "tests.core.distributed_work", str(work), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0 or arguments, done.stderr[-4000:]
     return done.returncode

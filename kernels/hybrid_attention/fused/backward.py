@@ -1,9 +1,10 @@
 """Kernels of the full backward pass: a query side (dq, and what each query is to its keys) and a key side (dk, dv).
 
-Everything is recomputed from q, k, v, the saved output and the states; only per-token numbers go from one side to the
-other: DEN the denominator, DELTA = dO . y / DEN, TOP the row maximum (log2), SUM = sum of dS over the window and ARGMAX
-its place (0 ... C-1 previous chunk, C ... 2C-1 own chunk). The row maximum is part of the function, so -SUM belongs to
-the score at ARGMAX.
+Everything is recomputed from q, k, v, the saved output, its denominator DEN and the states; only per-token numbers go
+from one side to the other: DELTA = dO . y, TOP the row maximum (log2), SUM = sum of dS over the window and ARGMAX its
+place (0 ... C-1 previous chunk, C ... 2C-1 own chunk). The row maximum is part of the function, so -SUM belongs to the
+score at ARGMAX. The output's gradient enters the products as it is, and 1 / DEN scales what comes out: a scaled copy
+would have to be held in registers.
 
 # B batch, T tokens, C chunk size, H query heads, Hk key/value heads, Hs heads of the state, D head dim, F map columns
 """
@@ -20,6 +21,7 @@ from lolcats_kernels.hybrid_attention.fused.features import (
     activation_grad,
     load_bias,
     load_map,
+    load_rows,
     load_segment,
     load_tile,
     softcapped,
@@ -53,7 +55,7 @@ def query_gradient_kernel(
     """DQ [B, T, H, D] and per-token numbers [B, H, T]; with MAPS also DXQ [B, T, H, F], EULER and DBQ by segment."""
     h = tl.program_id(0)
     segment = tl.program_id(1)
-    row, start, length, c0, c1, slot, _, _ = load_segment(TABLE, segment)
+    row, start, length, c, c1, slot, _, _ = load_segment(TABLE, segment)
     hk = h // (H // HK)
     hs = h // (H // HS)
     of = tl.arange(0, FB)
@@ -62,32 +64,22 @@ def query_gradient_kernel(
     gamma = tl.load(GAMMA + h)
     alpha = tl.load(ALPHA + h)
     wq = load_map(WQ, h, DB, FB)
-    euler = tl.zeros([C], tl.float32)
-    db = tl.zeros([FB], tl.float32)
-    for c in range(c0, c1):
+    if c < c1:
         position = c * C + oc
         inside = position < length
         per_token = (row.to(tl.int64) * H + h) * T + start + position
         y = load_tile(Y, row, start + c * C, h, C, DB)
         grad = load_tile(GRAD, row, start + c * C, h, C, DB)
         delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
+        tl.store(DELTA + per_token, delta, mask=inside)
+        inverse = tl.where(inside, 1.0 / tl.load(DEN + per_token, mask=inside, other=1.0), 0.0)
         q = load_tile(Q, row, start + c * C, h, C, DB)
-        x = tl.dot(q, wq, input_precision="tf32x3")
-        if BIASED:
-            x += load_bias(BQ, h, of, FB)[None, :]
-        place = ((slot + c) * HS + hs) * HALVES * FB
-        zp = tl.load(STATES_Z + place + of)
-        p = activation(x, of, ACT, FLOOR, F, FB)
-        den = alpha * tl.sum(p * zp[None, :], 1)
-        if HALVES == 2:
-            zn = tl.load(STATES_Z + place + FB + of)
-            n = activation(-x, of, ACT, FLOOR, F, FB)
-            den += alpha * tl.sum(n * zn[None, :], 1)
-            n = n.to(q.dtype)
-        p = p.to(q.dtype)
         k = load_tile(K, row, start + c * C, hk, C, DB)
+        v = load_tile(V, row, start + c * C, hk, C, DB)
+        dq = tl.zeros([C, DB], tl.float32)
         if WINDOW != NO_WINDOW:
             k_previous = load_tile(K, row, start + c * C - C, hk, C, DB)
+            v_previous = load_tile(V, row, start + c * C - C, hk, C, DB)
             own, previous = window_scores(q, k, k_previous, c, scale, cap, C, WINDOW, CAPPED)
             top = tl.maximum(tl.max(own, 1), tl.max(previous, 1))
             first_previous = tl.min(tl.where(previous == top[:, None], oc[None, :], 2 * C), 1)
@@ -95,87 +87,73 @@ def query_gradient_kernel(
             argmax = tl.minimum(first_previous, first_own)
             own_slope = cap_slope(own, cap, CAPPED)
             previous_slope = cap_slope(previous, cap, CAPPED)
-            own = gamma * tl.exp2(own - top[:, None])
-            previous = gamma * tl.exp2(previous - top[:, None])
-            den += tl.sum(own, 1) + tl.sum(previous, 1)
-            own = own.to(q.dtype)
-            previous = previous.to(q.dtype)
-        else:
-            den += 1e-12
+            weight = gamma * inverse
+            own = weight[:, None] * tl.exp2(own - top[:, None])
+            previous = weight[:, None] * tl.exp2(previous - top[:, None])
+            own = own * (tl.dot(grad, tl.trans(v), input_precision="tf32x3") - delta[:, None])
+            previous = previous * (tl.dot(grad, tl.trans(v_previous), input_precision="tf32x3") - delta[:, None])
+            total = tl.sum(own, 1) + tl.sum(previous, 1)
+            tl.store(TOP + per_token, top, mask=inside)
+            tl.store(SUM + per_token, total, mask=inside)
+            tl.store(ARGMAX + per_token, argmax, mask=inside)
+            own = tl.where(C + oc[None, :] == argmax[:, None], own - total[:, None], own) * own_slope
+            previous = tl.where(oc[None, :] == argmax[:, None], previous - total[:, None], previous) * previous_slope
+            dq = tl.dot((own * scale).to(q.dtype), k, dq, input_precision="tf32x3")
+            dq = tl.dot((previous * scale).to(q.dtype), k_previous, dq, input_precision="tf32x3")
+        # The linear part after the window, whose tiles are gone from the registers by then.
         if WINDOW != 0:
             wk = load_map(WK, hs, DB, FB)
             k_linear = k
+            v_linear = v
             if WINDOW == SLIDING:
                 k_linear = k_previous
+                v_linear = v_previous
             x_key = tl.dot(k_linear, wk, input_precision="tf32x3")
             if BIASED:
                 x_key += load_bias(BK, hs, of, FB)[None, :]
             seen = (oc[None, :] <= oc[:, None]) & ((WINDOW == NO_WINDOW) | (c > 0))
-            features = activation(x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
-            pairs = tl.dot(p, tl.trans(features), input_precision="ieee")
-            if HALVES == 2:
-                features_n = activation(-x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
-                pairs = tl.dot(n, tl.trans(features_n), pairs, input_precision="ieee")
-            den += alpha * tl.sum(tl.where(seen, pairs, 0.0), 1)
-
-        inverse = 1.0 / den
-        delta = tl.where(inside, delta * inverse, 0.0)
-        grad = load_tile(GRAD, row, start + c * C, h, C, DB)
-        g = tl.where(inside[:, None], grad.to(tl.float32) * inverse[:, None], 0.0).to(q.dtype)
-        v = load_tile(V, row, start + c * C, hk, C, DB)
-        dq = tl.zeros([C, DB], tl.float32)
-        if WINDOW != NO_WINDOW:
-            v_previous = load_tile(V, row, start + c * C - C, hk, C, DB)
-            own = own * (tl.dot(g, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-            previous = previous * (tl.dot(g, tl.trans(v_previous), input_precision="tf32x3") - delta[:, None])
-            total = tl.sum(own, 1) + tl.sum(previous, 1)
-            own = tl.where(C + oc[None, :] == argmax[:, None], own - total[:, None], own) * own_slope
-            previous = tl.where(oc[None, :] == argmax[:, None], previous - total[:, None], previous) * previous_slope
-            dq = tl.dot(own.to(q.dtype), k, dq, input_precision="tf32x3")
-            dq = tl.dot(previous.to(q.dtype), k_previous, dq, input_precision="tf32x3") * scale
-            tl.store(TOP + per_token, top, mask=inside)
-            tl.store(SUM + per_token, total, mask=inside)
-            tl.store(ARGMAX + per_token, argmax, mask=inside)
-        dp = tl.dot(g, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") - delta[:, None] * zp[None, :]
-        if HALVES == 2:
-            sn = STATES.load([place + FB, 0])
-            dn = tl.dot(g, tl.trans(sn), input_precision="tf32x3") - delta[:, None] * zn[None, :]
-        if WINDOW != 0:
-            v_linear = v
-            if WINDOW == SLIDING:
-                v_linear = v_previous
-            d_pairs = tl.dot(g, tl.trans(v_linear), input_precision="tf32x3") - delta[:, None]
+            d_pairs = tl.dot(grad, tl.trans(v_linear), input_precision="tf32x3") - delta[:, None]
             d_pairs = tl.where(seen, d_pairs, 0.0).to(q.dtype)
+        x = tl.dot(q, wq, input_precision="tf32x3")
+        if BIASED:
+            x += load_bias(BQ, h, of, FB)[None, :]
+        place = ((slot + c) * HS + hs) * HALVES * FB
+        z = tl.load(STATES_Z + place + of)
+        dp = tl.dot(grad, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") - delta[:, None] * z[None, :]
+        if WINDOW != 0:
+            features = activation(x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
             dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
-            if HALVES == 2:
-                dn = tl.dot(d_pairs, features_n, dn, input_precision="tf32x3")
-        dx = activation_grad(p, dp, ACT) * alpha
+        p = activation(x, of, ACT, FLOOR, F, FB).to(q.dtype)
+        dx = activation_grad(p, dp, ACT)
+        part = tl.sum(p * dp, 1)
         if HALVES == 2:
-            dx -= activation_grad(n, dn, ACT) * alpha
+            z = tl.load(STATES_Z + place + FB + of)
+            dp = tl.dot(grad, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3")
+            dp -= delta[:, None] * z[None, :]
+            if WINDOW != 0:
+                features = activation(-x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
+                dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
+            p = activation(-x, of, ACT, FLOOR, F, FB).to(q.dtype)
+            dx -= activation_grad(p, dp, ACT)
+            part += tl.sum(p * dp, 1)
+        factor = alpha * inverse
+        dx = dx * factor[:, None]
         if MAPS:
-            euler += alpha * tl.sum(p * dp, 1)
-            if HALVES == 2:
-                euler += alpha * tl.sum(n * dn, 1)
+            summed = segment.to(tl.int64) * H + h
+            tl.store(EULER + summed, tl.sum(tl.where(inside, factor * part, 0.0)))
             if BIASED:
-                db += tl.sum(dx, 0)
+                tl.store(DBQ + summed * F + of, tl.sum(dx, 0), mask=of < F)
             token = DXQ + (row.to(tl.int64) * T + start) * H * F + h * F
             store_tile(token, position, length, H * F, of, dx, F, FB)
         dq = tl.dot(dx.to(q.dtype), tl.trans(wq), dq, input_precision="tf32x3")
         store_tile(DQ + (row.to(tl.int64) * T + start) * H * D + h * D, position, length, H * D, od, dq, D, DB)
-        tl.store(DEN + per_token, den, mask=inside)
-        tl.store(DELTA + per_token, delta, mask=inside)
-    if MAPS:
-        part = segment.to(tl.int64) * H + h
-        tl.store(EULER + part, tl.sum(euler))
-        if BIASED:
-            tl.store(DBQ + part * F + of, db, mask=of < F)
 
 
 @triton.jit
 def key_gradient_kernel(
     Q, K, V, WQ, WK, BQ, BK, GAMMA, ALPHA, STATES, STATES_Z, GRAD, TABLE,
     DK, DV, DXK, DEN, DELTA, TOP, SUM, ARGMAX, DBK,
-    scale, cap, T,
+    scale, cap, T, k_strides, v_strides,
     H: tl.constexpr, HK: tl.constexpr, HS: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, F: tl.constexpr,
     FB: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr,
     FLOOR: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, MAPS: tl.constexpr,
@@ -194,11 +172,11 @@ def key_gradient_kernel(
         od = tl.arange(0, DB)
         oc = tl.arange(0, C)
         position = c * C + oc
-        k = load_tile(K, row, start + c * C, hk, C, DB)
-        v = load_tile(V, row, start + c * C, hk, C, DB)
+        k = load_rows(K, row, start + c * C, hk, k_strides, position < length, D, C, DB)
+        v = load_rows(V, row, start + c * C, hk, v_strides, position < length, D, C, DB)
         dk = tl.zeros([C, DB], tl.float32)
         dv = tl.zeros([C, DB], tl.float32)
-        for state in range(0, GROUP // SHARED):
+        for state in tl.range(0, GROUP // SHARED, disable_licm=True):
             hs = hk * (GROUP // SHARED) + state
             place = ((slot + c) * HS + hs) * HALVES * FB
             wk = load_map(WK, hs, DB, FB)
@@ -211,20 +189,18 @@ def key_gradient_kernel(
                 if HALVES == 2:
                     n_pairs = activation(-x, of, ACT, FLOOR, F, FB).to(k.dtype)
                     dn_pairs = tl.zeros([C, FB], tl.float32)
-            for member in range(0, SHARED):
+            for member in tl.range(0, SHARED, disable_licm=True):
                 h = hs * SHARED + member
                 gamma = tl.load(GAMMA + h)
                 alpha = tl.load(ALPHA + h)
                 # The chunk's own queries, then the next chunk's; tiles are [keys, queries].
-                for ahead in range(0, 2 if WINDOW != NO_WINDOW else 1):
+                for ahead in tl.range(0, 2 if WINDOW != NO_WINDOW else 1, disable_licm=True):
                     inside = position + ahead * C < length
                     per_token = (row.to(tl.int64) * H + h) * T + start + position + ahead * C
                     q = load_tile(Q, row, start + c * C + ahead * C, h, C, DB)
                     grad = load_tile(GRAD, row, start + c * C + ahead * C, h, C, DB)
-                    inverse = 1.0 / tl.load(DEN + per_token, mask=inside, other=1.0)
+                    inverse = tl.where(inside, 1.0 / tl.load(DEN + per_token, mask=inside, other=1.0), 0.0)
                     delta = tl.load(DELTA + per_token, mask=inside, other=0.0)
-                    g = tl.where(inside[:, None], grad.to(tl.float32) * inverse[:, None], 0.0).to(q.dtype)
-                    d_weight = tl.dot(v, tl.trans(g), input_precision="tf32x3") - delta[None, :]
                     causal = oc[:, None] <= oc[None, :]
                     if WINDOW != NO_WINDOW:
                         top = tl.load(TOP + per_token, mask=inside, other=0.0)
@@ -237,8 +213,9 @@ def key_gradient_kernel(
                         else:
                             seen = causal | (ahead == 1)
                         score = tl.where(seen & inside[None, :], score, float("-inf"))
-                        weight = gamma * tl.exp2(score - top[None, :])
-                        dv = tl.dot(weight.to(q.dtype), g, dv, input_precision="tf32x3")
+                        weight = (gamma * inverse)[None, :] * tl.exp2(score - top[None, :])
+                        dv = tl.dot(weight.to(q.dtype), grad, dv, input_precision="tf32x3")
+                        d_weight = tl.dot(v, tl.trans(grad), input_precision="tf32x3") - delta[None, :]
                         d_score = weight * d_weight
                         at_top = (C - ahead * C + oc)[:, None] == argmax[None, :]
                         d_score = tl.where(at_top, d_score - total[None, :], d_score)
@@ -252,7 +229,10 @@ def key_gradient_kernel(
                         linear = causal & inside[None, :]
                         if WINDOW == SLIDING:
                             linear = linear & (ahead == 1)
-                        d_pairs = tl.where(linear, alpha * d_weight, 0.0).to(q.dtype)
+                        if WINDOW == NO_WINDOW:
+                            d_weight = tl.dot(v, tl.trans(grad), input_precision="tf32x3") - delta[None, :]
+                        factor = (alpha * inverse)[None, :]
+                        d_pairs = tl.where(linear, factor * d_weight, 0.0).to(q.dtype)
                         features = activation(x_query, of, ACT, FLOOR, F, FB).to(q.dtype)
                         pairs = tl.dot(p_pairs, tl.trans(features), input_precision="ieee")
                         dp_pairs = tl.dot(d_pairs, features, dp_pairs, input_precision="tf32x3")
@@ -260,8 +240,8 @@ def key_gradient_kernel(
                             features = activation(-x_query, of, ACT, FLOOR, F, FB).to(q.dtype)
                             pairs = tl.dot(n_pairs, tl.trans(features), pairs, input_precision="ieee")
                             dn_pairs = tl.dot(d_pairs, features, dn_pairs, input_precision="tf32x3")
-                        pairs = tl.where(linear, alpha * pairs, 0.0).to(q.dtype)
-                        dv = tl.dot(pairs, g, dv, input_precision="tf32x3")
+                        pairs = tl.where(linear, factor * pairs, 0.0).to(q.dtype)
+                        dv = tl.dot(pairs, grad, dv, input_precision="tf32x3")
             # The linear part comes after the window, so that its tiles are not held through it.
             x = tl.dot(k, wk, input_precision="tf32x3")
             if BIASED:

@@ -58,6 +58,23 @@ def load_tile(X, row, token, head, C: tl.constexpr, DB: tl.constexpr):
 
 
 @triton.jit
+def load_rows(X, row, token, head, strides, inside, D: tl.constexpr, C: tl.constexpr, DB: tl.constexpr):
+    """`load_tile` through pointers into [B, T, heads, D] of the given strides; zeros where not `inside`.
+
+    As the left operand of a product, what comes through a descriptor is kept in registers (Triton 3.6): its block has
+    to lose two dimensions first. What pointers load goes through shared memory, and costs none.
+    """
+    stride_row, stride_token, stride_head = strides
+    columns = tl.arange(0, DB)
+    place = X + row.to(tl.int64) * stride_row + head * stride_head
+    place += (token + tl.arange(0, C)).to(tl.int64)[:, None] * stride_token + columns[None, :]
+    inside = inside[:, None]
+    if D != DB:
+        inside = inside & (columns < D)[None, :]
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
 def load_map(W, head, DB: tl.constexpr, FB: tl.constexpr):
     """[DB, FB] of one head, through a descriptor of [heads, D, FB]."""
     return W.load([head, 0, 0]).reshape(DB, FB)

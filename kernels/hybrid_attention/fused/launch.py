@@ -116,16 +116,20 @@ def reverse_states(call: Call, grad: Tensor, den: Tensor, delta: Tensor) -> Stat
     return states
 
 
-def forward(call: Call, initial: State | None = None, final: State | None = None) -> Tensor:
-    """y [B, T, H, D]; `initial` S [n, Hs, E, D] and z [n, Hs, E] in float32; `final`, the same, is filled."""
+def forward(call: Call, initial: State | None = None, final: State | None = None, den: Tensor | None = None) -> Tensor:
+    """y [B, T, H, D]; `initial` S [n, Hs, E, D] and z [n, Hs, E] in float32; `final`, the same, is filled.
+
+    Args:
+        den: [B, H, T] in float32, filled with the denominators that `backward` needs.
+    """
     states = chunk_states(call, initial, final)
     y = call.outputs()
     layout = call.sequences.layout(call.chunk, 1)
     none = call.maps.gamma
     output_kernel[(call.heads, layout.segments)](
-        *call.operands(states), y, layout.table, none, none, none, none,
+        *call.operands(states), y, layout.table, none, none if den is None else den, none, none,
         *call.scores(), call.q.shape[1],
-        **call.window_constants(), TRANSFER=False, GRADIENTS=False, num_warps=_warps(call), num_stages=1,
+        **call.window_constants(), TRANSFER=False, GRADIENTS=den is not None, num_warps=_warps(call), num_stages=1,
     )  # fmt: skip
     return y
 
@@ -143,9 +147,9 @@ class MapGradients:
 
 
 def backward(
-    call: Call, y: Tensor, grad: Tensor, initial: State | None, *, maps: bool
+    call: Call, y: Tensor, den: Tensor, grad: Tensor, initial: State | None, *, maps: bool
 ) -> tuple[Tensor, Tensor, Tensor, MapGradients | None]:
-    """Gradients of q, k and v; of the maps only with `maps` (low-rank finetuning freezes them)."""
+    """Gradients of q, k and v; of the maps only with `maps` (low-rank finetuning freezes them). `den`: of `forward`."""
     grad, y = aligned(grad.to(call.q.dtype)), aligned(y)
     batch, tokens = call.q.shape[:2]
     device, columns = call.q.device, call.columns
@@ -155,7 +159,7 @@ def backward(
     dk, dv = (make(call.k.shape, dtype=call.q.dtype, device=device) for _ in range(2))
     layout = call.sequences.layout(call.chunk, 1)
     wide = torch.float32
-    den, delta, top, total = (call.per_token() for _ in range(4))
+    delta, top, total = (call.per_token() for _ in range(3))
     argmax = call.per_token(torch.int32)
     dxq = make(batch, tokens, call.heads, columns, dtype=call.q.dtype, device=device) if maps else dq
     dxk = make(batch, tokens, call.state_heads, columns, dtype=call.q.dtype, device=device) if maps else dk
@@ -171,10 +175,11 @@ def backward(
         *call.operands(states), tiles(y, call.chunk), grads, layout.table,
         dq, dxq, den, delta, top, total, argmax, euler, dbq, *call.scores(), tokens, **constants,
     )  # fmt: skip
-    states = reverse_states(call, grad, den, delta)
+    q, _, _, *others = call.operands(reverse_states(call, grad, den, delta))
     key_gradient_kernel[(call.key_heads, layout.segments)](
-        *call.operands(states), grads, layout.table,
-        dk, dv, dxk, den, delta, top, total, argmax, dbk, *call.scores(), tokens, **constants,
+        q, call.k, call.v, *others, grads, layout.table,
+        dk, dv, dxk, den, delta, top, total, argmax, dbk, *call.scores(), tokens,
+        call.k.stride()[:3], call.v.stride()[:3], **constants,
     )  # fmt: skip
     if not maps:
         return dq, dk, dv, None

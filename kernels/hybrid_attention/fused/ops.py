@@ -35,36 +35,39 @@ def _call(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor, alpha: Tensor | None, b_q: Tensor | None,
     b_k: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, s: Tensor | None, z: Tensor | None,
-    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None, end: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None, end: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     spec = Spec(window, window_size, feature_map, scale, softcap)
     call = _call(q, k, v, Maps(w_q, w_k, gamma, alpha, b_q, b_k), spec, cu_seqlens, lengths)
     initial = None if s is None or z is None else call.padded_state((s, z))
     final = call.empty_sums(call.sequences.count) if end else None
-    y = launch.forward(call, initial, final)
-    if final is None:
-        return y, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
-    return y, *call.cropped_state(final)
+    den = call.per_token() if keep else None
+    y = launch.forward(call, initial, final, den)
+    none = [q.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    s_end, z_end = none[:2] if final is None else call.cropped_state(final)
+    return y, s_end, z_end, none[2] if den is None else den
 
 
 @_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor, alpha: Tensor | None, b_q: Tensor | None,
     b_k: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, s: Tensor | None, z: Tensor | None,
-    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None, end: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    window: str, window_size: int, feature_map: str, scale: float, softcap: float | None, end: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    batch, tokens, heads, _ = q.shape
+    den = q.new_empty((batch, heads, tokens) if keep else 0, dtype=torch.float32)
     if not end:
-        return y, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+        return y, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32), den
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     features = w_q.shape[-1] * (2 if feature_map in ("hedgehog", "exp") else 1)
     z_end = q.new_empty(count, w_k.shape[0], features, dtype=torch.float32)
-    return y, z_end.new_empty(*z_end.shape, v.shape[-1]), z_end
+    return y, z_end.new_empty(*z_end.shape, v.shape[-1]), z_end, den
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::hybrid_backward", mutates_args=())
 def _backward(
-    grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor,
+    grad: Tensor, y: Tensor, den: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor,
     alpha: Tensor | None, b_q: Tensor | None, b_k: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
     s: Tensor | None, z: Tensor | None, window: str, window_size: int, feature_map: str, scale: float,
     softcap: float | None, maps: bool,
@@ -72,7 +75,7 @@ def _backward(
     spec = Spec(window, window_size, feature_map, scale, softcap)
     call = _call(q, k, v, Maps(w_q, w_k, gamma, alpha, b_q, b_k), spec, cu_seqlens, lengths)
     initial = None if s is None or z is None else call.padded_state((s, z))
-    dq, dk, dv, of_maps = launch.backward(call, y, grad, initial, maps=maps)
+    dq, dk, dv, of_maps = launch.backward(call, y, den, grad, initial, maps=maps)
     gradients = [dq, dk, dv]
     if of_maps is not None:
         gradients += [x for name in MAP_NAMES if (x := getattr(of_maps, name)) is not None]
@@ -81,7 +84,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, y: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor,
+    grad: Tensor, y: Tensor, den: Tensor, q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gamma: Tensor,
     alpha: Tensor | None, b_q: Tensor | None, b_k: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
     s: Tensor | None, z: Tensor | None, window: str, window_size: int, feature_map: str, scale: float,
     softcap: float | None, maps: bool,
@@ -93,27 +96,29 @@ def _(
     return gradients
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     tensors, options = inputs[:13], inputs[13:18]
     ctx.given = [x is not None for x in tensors]
-    ctx.save_for_backward(output[0], *(x for x in tensors if x is not None))
+    ctx.save_for_backward(output[0], output[3], *(x for x in tensors if x is not None))
     ctx.options = options
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _s: Tensor, _z: Tensor) -> tuple[Tensor | None, ...]:
-    y, *saved = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    y, den, *saved = ctx.saved_tensors
+    grad = torch.zeros_like(y) if grad is None else grad
     rest = iter(saved)
     tensors = [next(rest) if given else None for given in ctx.given]
     wanted = ctx.needs_input_grad[:13]
     maps = any(wanted[3:9])
-    gradients = iter(_backward(grad, y, *tensors, *ctx.options, maps))
+    gradients = iter(_backward(grad, y, den, *tensors, *ctx.options, maps))
     result: list[Tensor | None] = [next(gradients) for _ in range(3)]
     for index in range(3, 9):
         # The kernels give alpha's gradient also where it stands for 1.
         value = next(gradients) if maps and (ctx.given[index] or index == 6) else None
         given = tensors[index]
         result.append(value.to(given.dtype) if wanted[index] and value is not None and given is not None else None)
-    return (*(x if need else None for x, need in zip(result, wanted[:9], strict=True)), *[None] * 10)
+    return (*(x if need else None for x, need in zip(result, wanted[:9], strict=True)), *[None] * 11)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -137,9 +142,10 @@ def forward(
         state: S and z of tokens before the first chunk, float32. Differentiable in everything but states.
     """
     s, z = (None, None) if state is None else state
-    y, s_end, z_end = _forward(
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *maps.tensors()))
+    y, s_end, z_end, _ = _forward(
         q, k, v, maps.w_q, maps.w_k, maps.gamma, maps.alpha, maps.b_q, maps.b_k, cu_seqlens, lengths, s, z,
-        spec.window, spec.window_size, spec.feature_map, spec.scale, spec.softcap, end,
+        spec.window, spec.window_size, spec.feature_map, spec.scale, spec.softcap, end, keep,
     )  # fmt: skip
     return y, (s_end, z_end) if end else None
 

@@ -31,10 +31,10 @@ def output_kernel(
     FB: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr,
     FLOOR: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, TRANSFER: tl.constexpr, GRADIENTS: tl.constexpr,
 ):  # fmt: skip
-    """Y [B, T, H, D] of one query head and one segment.
+    """Y [B, T, H, D] of one query head and one segment; with GRADIENTS also its denominators DEN [B, H, T].
 
     TRANSFER: the sum of squares of y - TARGET goes to LOSS [M, H] instead; with GRADIENTS the errors take the place
-    of Y, and DEN and DELTA [B, H, T] are what the gradients need besides.
+    of Y, and DELTA [B, H, T] is their product with it.
     """
     h = tl.program_id(0)
     segment = tl.program_id(1)
@@ -78,18 +78,16 @@ def output_kernel(
         place = ((slot + c) * HS + hs) * HALVES * FB
         sp = STATES.load([place, 0])
         zp = tl.load(STATES_Z + place + of)
-        p = activation(x, of, ACT, FLOOR, F, FB)
-        weighted = alpha * p
+        # Numerator, denominator and gradients take the same rounded features: where the linear part outweighs the
+        # window, the gradients of its weight are small differences of large sums.
+        weighted = (alpha * activation(x, of, ACT, FLOOR, F, FB)).to(q.dtype)
         den += tl.sum(weighted * zp[None, :], 1)
-        weighted = weighted.to(q.dtype)
         acc = tl.dot(weighted, sp, acc, input_precision="tf32x3")
         if HALVES == 2:
             sn = STATES.load([place + FB, 0])
             zn = tl.load(STATES_Z + place + FB + of)
-            n = activation(-x, of, ACT, FLOOR, F, FB)
-            weighted_n = alpha * n
+            weighted_n = (alpha * activation(-x, of, ACT, FLOOR, F, FB)).to(q.dtype)
             den += tl.sum(weighted_n * zn[None, :], 1)
-            weighted_n = weighted_n.to(q.dtype)
             acc = tl.dot(weighted_n, sn, acc, input_precision="tf32x3")
         if WINDOW != 0:
             # Pairs that are linear inside the two chunks: those that have left a sliding window, or all of them.
@@ -112,14 +110,15 @@ def output_kernel(
             den += tl.sum(pairs, 1)
             acc = tl.dot(pairs.to(q.dtype), v_linear, acc, input_precision="tf32x3")
         y = acc * (1.0 / den)[:, None]
+        per_token = (row.to(tl.int64) * H + h) * T + start + position
+        if GRADIENTS:
+            tl.store(DEN + per_token, den, mask=inside)
         if TRANSFER:
             target = load_tile(TARGET, row, start + c * C, h, C, DB)
             error = tl.where(inside[:, None], y - target.to(tl.float32), 0.0)
             loss += tl.sum(error * error, 1)
             if GRADIENTS:
-                per_token = (row.to(tl.int64) * H + h) * T + start + position
-                tl.store(DEN + per_token, den, mask=inside)
-                tl.store(DELTA + per_token, tl.sum(error * y, 1) / den, mask=inside)
+                tl.store(DELTA + per_token, tl.sum(error * y, 1), mask=inside)
                 store_tile(y_base, position, length, H * D, od, error, D, DB)
         else:
             store_tile(y_base, position, length, H * D, od, y, D, DB)
@@ -158,7 +157,7 @@ def map_gradient_kernel(
             per_token = (row.to(tl.int64) * HEADS + head) * T + start + position
             alpha = tl.load(ALPHA + head)
             scaled = alpha / tl.load(DEN + per_token, mask=inside, other=1.0)
-            z_factor = -alpha * tl.load(DELTA + per_token, mask=inside, other=0.0)
+            z_factor = -scaled * tl.load(DELTA + per_token, mask=inside, other=0.0)
         else:
             scaled = tl.full([C], 1.0, tl.float32)
             z_factor = scaled
@@ -169,26 +168,26 @@ def map_gradient_kernel(
         z = tl.load(STATES_Z + place + of)
         dp = tl.dot(other, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") * scaled[:, None]
         dp += z_factor[:, None] * z[None, :]
-        p = activation(product, of, ACT, FLOOR, F, FB)
+        p = activation(product, of, ACT, FLOOR, F, FB).to(x.dtype)
         dx = activation_grad(p, dp, ACT)
-        if QUERY:
-            euler += tl.sum(p * dp, 1)
+        part = tl.sum(p * dp, 1)
         if HALVES == 2:
             z = tl.load(STATES_Z + place + FB + of)
             dp = tl.dot(other, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3") * scaled[:, None]
             dp += z_factor[:, None] * z[None, :]
-            p = activation(-product, of, ACT, FLOOR, F, FB)
+            p = activation(-product, of, ACT, FLOOR, F, FB).to(x.dtype)
             dx -= activation_grad(p, dp, ACT)
-            if QUERY:
-                euler += tl.sum(p * dp, 1)
+            part += tl.sum(p * dp, 1)
+        if QUERY:
+            euler += tl.where(inside, part, 0.0)
         dx = tl.where(inside[:, None], dx, 0.0)
         dw = tl.dot(tl.trans(x), dx.to(x.dtype), dw, input_precision="tf32x3")
         if BIASED:
             db += tl.sum(dx, 0)
-    part = segment.to(tl.int64) * HEADS + head
+    place = segment.to(tl.int64) * HEADS + head
     matrix = (od < D)[:, None] & (of < F)[None, :]
-    tl.store(DW + part * D * F + od[:, None] * F + of[None, :], dw, mask=matrix)
+    tl.store(DW + place * D * F + od[:, None] * F + of[None, :], dw, mask=matrix)
     if BIASED:
-        tl.store(DB_ + part * F + of, db, mask=of < F)
+        tl.store(DB_ + place * F + of, db, mask=of < F)
     if QUERY:
-        tl.store(EULER + part, tl.sum(euler))
+        tl.store(EULER + place, tl.sum(euler))

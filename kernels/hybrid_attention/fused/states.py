@@ -114,7 +114,7 @@ def reverse_states_kernel(
 ):  # fmt: skip
     """Gradient of the state that a chunk's keys were added to: sums of alpha phi(q) [g, -e]^T over later queries.
 
-    g = GRAD / DEN and e = DELTA, with DEN, DELTA [B, H, T]; the heads of a group that share a state are added.
+    g = GRAD / DEN and e = DELTA / DEN, with DEN, DELTA [B, H, T]; the heads of a group that share a state are added.
     """
     head = tl.program_id(0)
     segment = tl.program_id(1)
@@ -156,7 +156,7 @@ def reverse_states_kernel(
             per_token = (row.to(tl.int64) * H + h) * T + start + first + oc
             alpha = tl.load(ALPHA + h)
             den = tl.load(DEN + per_token, mask=inside, other=1.0)
-            e = -den * tl.load(DELTA + per_token, mask=inside, other=0.0)
+            e = -tl.load(DELTA + per_token, mask=inside, other=0.0)
             x = tl.dot(q, w, input_precision="tf32x3")
             if BIASED:
                 x += load_bias(B, h, of, FB)[None, :]

@@ -160,7 +160,7 @@ def test_killed_between_the_rows_and_the_counter_it_ends_in_the_same_bytes(
 ) -> None:
     expected, _ = streamed(teacher_folder, tmp_path / "whole")
     seen = {"commits": 0}
-    real = buffers.write_json
+    real = buffers._write
 
     def counter(path: Path, value: Any) -> None:
         seen["commits"] += 1
@@ -169,7 +169,7 @@ def test_killed_between_the_rows_and_the_counter_it_ends_in_the_same_bytes(
         real(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(buffers, "write_json", counter)
+        patch.setattr(buffers, "_write", counter)
         with pytest.raises(Killed):
             streamed(teacher_folder, tmp_path / "killed")
     actual, _ = streamed(teacher_folder, tmp_path / "killed")

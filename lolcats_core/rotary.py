@@ -1,0 +1,62 @@
+"""Rotary embeddings of a student's attention layers by the fused kernel, where it applies.
+
+transformers' attention layers call a function of their own module. A student's layers run the same code in a twin of
+that module, in which the name stands for the kernel; neither transformers' modules nor other models are touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+NAME = "apply_rotary_pos_emb"
+Rotary = Callable[..., tuple[Tensor, Tensor]]
+
+
+def fuse_rotary(layer: nn.Module) -> None:
+    """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was."""
+    forward: Any = type(layer).forward
+    if NAME not in getattr(forward, "__code__", fuse_rotary.__code__).co_names:
+        return
+    twin = _twin(forward.__module__).__dict__
+    copy = FunctionType(forward.__code__, twin, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    layer.forward = MethodType(copy, layer)
+
+
+@lru_cache
+def _twin(name: str) -> ModuleType:
+    """A module with the names of module `name` and ours in the place of `NAME`; importable, as torch.compile needs."""
+    original = vars(sys.modules[name])
+    twin = ModuleType(f"{__name__}.{name.rpartition('.')[2]}")
+    vars(twin).update({key: value for key, value in original.items() if key not in ("__name__", "__spec__")})
+    vars(twin)[NAME] = _where_it_applies(original[NAME])
+    sys.modules[twin.__name__] = twin
+    return twin
+
+
+def _where_it_applies(own: Rotary) -> Rotary:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fused = None if args or kwargs else kernel_for(q)
+        # Some families rotate a part of the head only, or in float32.
+        if fused is None or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype == sin.dtype:
+            return own(q, k, cos, sin, *args, **kwargs)
+        return fused(q, k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def kernel_for(q: Tensor) -> Rotary | None:
+    """The fused operator; None off the GPU, where triton is not, and in the copy of this code beside a saved model."""
+    if not q.is_cuda:
+        return None
+    try:
+        from lolcats_kernels.rotary_embedding import fused
+    except ImportError:
+        return None
+    return fused.rotary_embedding
