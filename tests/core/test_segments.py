@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core import losses
+from lolcats_core import losses, segments
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora, low_rank_finetune, next_token_loss
 from lolcats_core.losses import output_logits
