@@ -75,7 +75,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     """
     chosen = overrides(preset, values)
     overridden(root, read_yaml(root / "params.yaml"), chosen)
-    commit, dirty = git_state(root)
+    commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
     if dirty:
