@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import project_root
@@ -50,6 +50,8 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
         UserError: parameters are wrong, a stage failed, or the model could not be registered.
     """
     root = project_root()
+    if runtime.deployment.id:
+        experiment.confine(root, set)
     chosen = experiment.prepare(root, preset, set) if preset or set else None
     return pipeline(root, "linearize", chosen, register=register)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.events import emit_event
 from prefect.states import Completed
 
@@ -13,7 +13,7 @@ from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
 from lolcats_core.params import load_params
 from tasks import drift as drifting
-from tasks import relinearization
+from tasks import experiment, relinearization
 
 DRIFT_EVENT = "lolcats.drift"
 _prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
@@ -32,6 +32,8 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None) ->
         UserError: parameters are wrong, a stage failed, or the registry cannot be used.
     """
     root, log = project_root(), get_run_logger()
+    if runtime.deployment.id:
+        experiment.confine(root, set)
     chosen = _prepare(root, preset, set)
     found = _changes(root, chosen)
     if not found:

@@ -168,7 +168,10 @@ def test_a_killed_run_starts_again_by_itself_and_continues_from_its_last_step(op
     flow.kill()
     state = servers.ended(run)
     assert state["name"] == "Crashed", state
-    state = servers.ended(servers.new_run(NIGHTLY, known))
+    resumed = servers.new_run(NIGHTLY, known)
+    # Whoever comes while it runs is turned away.
+    assert servers.ended(servers.run(NIGHTLY))["name"] == "Cancelled"
+    state = servers.ended(resumed)
     assert state["name"] == "Promoted", state["message"]
     metrics = json.loads((root / ".worktrees/relinearize/outputs/finetune/metrics.json").read_text())
     assert metrics["started_at"] >= 3
