@@ -62,7 +62,7 @@ def check_streamed(work: Path, device: torch.device) -> float:
     student = load_student(work / "check", llama_config(shape), settings, **options)
     scratch = Path(tempfile.mkdtemp(dir=work))
     attention_transfer(student, rows, held_out, params, scratch=scratch / "joint")
-    maps, _ = streamed_attention_transfer(
+    maps, *_ = streamed_attention_transfer(
         work / "check", llama_config(shape), settings, rows, held_out, params, scratch=scratch / "streamed", **options
     )
     expected = {name: p.detach().cpu() for name, p in named_map_parameters(student).items()}

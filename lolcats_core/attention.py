@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_core.cache import HybridCache, HybridLayer
+from lolcats_core.cache import BoundedLayer, HybridCache, HybridLayer
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.kv_groups import KVGroups
+from lolcats_core.sinks import Sinks, gather_sinks
 from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_decode_, window_scores
+from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
 
 ATTENTION_NAME = "lolcats_hybrid"
 # Receives (layer index, maps, q, k, v, softmax output, scores, context); tensors [B, T, heads, D] of linearized heads.
@@ -30,12 +32,24 @@ TransferObserver = Callable[[int, FeatureMaps, Tensor, Tensor, Tensor, Tensor, "
 SOFTMAX_BLOCK = 512
 
 
+def look_away(*_: Any) -> None:
+    """The observer of a pass that only needs the teacher's outputs."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """How a layer turns q k^T into scores: times `scale`, then bounded by `softcap` (Gemma 2)."""
 
     scale: float
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What kept softmax attention sees: the `window` newest tokens (None: all) and the first `sinks` of the row."""
+
+    window: int | None = None
+    sinks: int = 0
 
 
 @dataclass
@@ -90,15 +104,24 @@ class HybridContext:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, context: HybridContext, scores: Scores, sliding_window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: HybridContext,
+    scores: Scores,
+    sliding_window: int | None,
+    sinks: Sinks | None = None,
 ) -> Tensor:
     """The teacher's attention: q [B, H, T, D], k and v [B, Hk, S, D] → [B, T, H, D].
 
     Memory is linear in S: what no fused kernel computes without a mask goes by blocks of queries.
+
+    Args:
+        sliding_window: newest tokens that a query sees. `sinks`: what it sees of those before.
     """
     queries, keys = q.shape[2], k.shape[2]
     window = keys if sliding_window is None else min(sliding_window, keys)
-    unmasked = context.real is None and context.document is None and window == keys
+    unmasked = context.real is None and context.document is None and window == keys and sinks is None
     if unmasked and scores.softcap is None and queries in (1, keys):
         grouped = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scores.scale, enable_gqa=grouped)
@@ -110,8 +133,51 @@ def softmax_attention(
         mask = context.softmax_mask(rows, seen, keys, window, q.device)
         q_rows = q[:, :, rows.start - keys + queries : rows.stop - keys + queries]
         k_seen, v_seen = (x[:, :, seen.start : seen.stop] for x in (k, v))
+        if sinks is not None:
+            newest = context.seen + queries - 1
+            oldest = torch.arange(rows.start, rows.stop, device=q.device) + (newest - keys + 1) - window + 1
+            before = (sinks.column[:, None, None, :] < oldest[:, None]).expand(-1, 1, -1, -1)
+            mask = torch.cat([before, mask.expand(len(before), -1, -1, -1)], -1)
+            k_seen, v_seen = torch.cat([sinks.k, k_seen], 2), torch.cat([sinks.v, v_seen], 2)
         parts.append(_masked_attention(q_rows, k_seen, v_seen, mask, scores))
     return torch.cat(parts, 2).transpose(1, 2)
+
+
+def kept_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: HybridContext,
+    scores: Scores,
+    sliding_window: int | None,
+    reach: Reach,
+    layer: BoundedLayer | None,
+) -> Tensor:
+    """Softmax attention of kept layers and heads within their reach; arguments and result of `softmax_attention`.
+
+    Args:
+        layer: the cache that `k` and `v` come from, whose sinks are replaced.
+    """
+    if reach.window is None:
+        return softmax_attention(q, k, v, context, scores, sliding_window)
+    beyond = context.seen + q.shape[2] > reach.window
+    if not reach.sinks or (layer is None and not beyond):
+        return softmax_attention(q, k, v, context, scores, reach.window)
+    edges = context.cu_seqlens
+    if edges is not None:
+        # Every document has first tokens of its own.
+        batch = q.shape[0]
+        index, lengths = packed_index(edges)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))
+        alone = HybridContext(real=torch.arange(index.shape[1], device=q.device) < lengths[:, None])
+        y = kept_attention(q, k, v, alone, scores, sliding_window, reach, None)
+        return unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:])
+    older = None if layer is None else layer.sinks
+    new_k, new_v = (x[:, :, x.shape[2] - q.shape[2] :] for x in (k, v))
+    sinks = gather_sinks(older, new_k, new_v, reach.sinks, context.seen, context.real)
+    if layer is not None:
+        layer.sinks = sinks
+    return softmax_attention(q, k, v, context, scores, reach.window, sinks if beyond else None)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
@@ -149,8 +215,10 @@ def hybrid_attention_forward(
     context = HybridContext() if hybrid is None else hybrid
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     maps = getattr(module, "feature_maps", None)
+    held = None if context.cache is None else context.cache.layers[module.layer_idx]
     if maps is None:
-        return softmax_attention(query, key, value, context, scores, sliding_window), None
+        kept = cast(BoundedLayer | None, held)
+        return kept_attention(query, key, value, context, scores, sliding_window, module.reach, kept), None
     groups: KVGroups = maps.groups
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q_linear, k_linear, v_linear = (groups.take_linear(x) for x in (q, k, v))
@@ -158,13 +226,14 @@ def hybrid_attention_forward(
         y = softmax_attention(query, key, value, context, scores, sliding_window)
         context.observer(module.layer_idx, maps, q_linear, k_linear, v_linear, groups.take_linear(y), scores, context)
         return y, None
-    layer = None if context.cache is None else cast(HybridLayer, context.cache.layers[module.layer_idx])
+    layer = cast(HybridLayer | None, held)
     y = student_attention(maps, q_linear, k_linear, v_linear, scores, context, layer)
     if groups.softmax:
         query, key, value = (groups.take_softmax(x).transpose(1, 2) for x in (q, k, v))
-        if layer is not None and layer.softmax is not None:
-            key, value = layer.softmax.update(key, value)
-        y = groups.join(y, softmax_attention(query, key, value, context, scores, sliding_window))
+        kept = None if layer is None else cast(BoundedLayer | None, layer.softmax)
+        if kept is not None:
+            key, value = kept.update(key, value)
+        y = groups.join(y, kept_attention(query, key, value, context, scores, sliding_window, module.reach, kept))
     return y, None
 
 

@@ -7,16 +7,49 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lolcats_core.config import LinearizeConfig, softmax_layers
+from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
+from lolcats_core.sinks import Sinks
 from lolcats_kernels.hybrid_attention import HybridState
 
 _NO_CROP = (
     "a linearized layer cannot forget tokens (its state is a sum over them); decoding that takes back tokens, such as"
     " assisted or prompt-lookup decoding, needs a softmax model"
 )
+
+
+class BoundedLayer(DynamicSlidingWindowLayer):
+    """Keys and values of softmax attention that sees a window and the sequence's first tokens.
+
+    Attributes:
+        sinks: the first tokens, or None before any or where the model has none; the attention function keeps them.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__(sliding_window=window)
+        self.sinks: Sinks | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.sinks = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def _map(self, function: Any) -> None:
+        if self.sinks is not None:
+            self.sinks = self.sinks.map(function)
 
 
 class HybridLayer(CacheLayerMixin):
@@ -96,6 +129,9 @@ class HybridCache(Cache):
         settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
         # Growing, or bounded by the layer's own sliding window.
         layers: list[Any] = DynamicCache(config=config).layers
+        if settings.softmax_window is not None:
+            for i in {*settings.softmax_layers, *settings.softmax_heads} - {*local_layers(config)}:
+                layers[i] = BoundedLayer(settings.softmax_window)
         for i, layer in enumerate(layers):
             if i not in kept:
                 layers[i] = HybridLayer(layer if i in settings.softmax_heads else None)
@@ -114,6 +150,8 @@ class HybridCache(Cache):
             if isinstance(layer, HybridLayer):
                 layer._map(torch.Tensor.detach)
                 softmax = layer.softmax
+            if isinstance(softmax, BoundedLayer):
+                softmax._map(torch.Tensor.detach)
             if softmax is not None and softmax.is_initialized:
                 softmax.keys, softmax.values = softmax.keys.detach(), softmax.values.detach()
 
@@ -125,7 +163,9 @@ class HybridCache(Cache):
     def softmax_bytes(self) -> int:
         """Bytes of the keys and values of layers and kv groups that keep softmax attention."""
         layers: list[Any] = [layer.softmax if isinstance(layer, HybridLayer) else layer for layer in self.layers]
-        return sum(_bytes(layer.keys) + _bytes(layer.values) for layer in layers if layer is not None)
+        sinks = (layer.sinks for layer in layers if isinstance(layer, BoundedLayer) and layer.sinks is not None)
+        held = [tensor for layer in layers if layer is not None for tensor in (layer.keys, layer.values)]
+        return sum(map(_bytes, [*held, *(tensor for first in sinks for tensor in vars(first).values())]))
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -29,9 +29,16 @@ class LinearizeConfig:
         softmax_layers: layers that keep softmax attention.
         softmax_heads: kv groups that keep softmax attention inside a layer whose other groups are linearized: layer
             to kv heads, each with the query heads it serves. Text keys, as JSON makes them, count as numbers.
+        softmax_window: newest tokens that those layers and heads see; their cache is then bounded, and with it the
+            whole state, whatever the length of the sequence. None: all tokens.
+        softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
-        feature_map_init: ``kaiming`` (published) or ``identity`` (needs feature_dim equal to the head dim).
+        linear_decay: initial factor by which a token's weight in the linear part shrinks with each later token, learned
+            per map of the keys; None: no decay (published). The fused kernels do not have it.
+        feature_map_init: ``kaiming`` (published), ``identity`` (needs feature_dim equal to the head dim) or
+            ``calibrated``: centres of clusters of the teacher's keys, and window factors by their error, which
+            attention transfer sets from its first rows before it trains.
         feature_map_bias: add a learned bias before the activation (t2r of the paper has one).
         feature_map_skip: use x(W + I) instead of xW; needs feature_dim equal to the head dim.
         tie_qk: queries and keys share one map.
@@ -47,9 +54,12 @@ class LinearizeConfig:
     k_map_per: Literal["query_head", "kv_head"] = "query_head"
     softmax_layers: tuple[int, ...] = ()
     softmax_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    softmax_window: int | None = None
+    softmax_sinks: int = 0
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
-    feature_map_init: Literal["kaiming", "identity"] = "kaiming"
+    linear_decay: float | None = None
+    feature_map_init: Literal["kaiming", "identity", "calibrated"] = "kaiming"
     feature_map_bias: bool = False
     feature_map_skip: bool = False
     tie_qk: bool = False
@@ -72,11 +82,20 @@ class LinearizeConfig:
             raise UserError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
         if not 0.0 < self.init_window_factor < 1.0:
             raise UserError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
+        if self.linear_decay is not None and not 0.0 < self.linear_decay < 1.0:
+            raise UserError(f"`linear_decay` must be null or lie strictly between 0 and 1, got {self.linear_decay}")
         if any(layer < 0 for layer in self.softmax_layers):
             raise UserError(f"`softmax_layers` must be layer indices of at least 0, got {self.softmax_layers}")
         twice = sorted(self.softmax_heads.keys() & set(self.softmax_layers))
         if twice:
             raise UserError(f"layer {twice[0]} is in `softmax_layers` and in `softmax_heads`; name it in one of them")
+        if self.softmax_window is not None and self.softmax_window < 2:
+            raise UserError(f"`softmax_window` must be null or at least 2, got {self.softmax_window}")
+        if not 0 <= self.softmax_sinks < (self.softmax_window or 1):
+            raise UserError(
+                f"`softmax_sinks` must be at least 0 and below `softmax_window` ({self.softmax_window}),"
+                f" got {self.softmax_sinks}"
+            )
         if self.tie_qk and self.k_map_per == "kv_head":
             raise UserError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
 

@@ -23,7 +23,7 @@ class FeatureMaps(nn.Module):
 
     Parameters (float32 unless the model is float64, whatever the model's dtype: steps of 1e-2 are lost in bf16):
         w_q [H, D, F], w_k [H or Hk, D, F] (absent with `tie_qk`), b_q, b_k (with `feature_map_bias`), and
-        window_factor [H], whose sigmoid is gamma.
+        window_factor [H], whose sigmoid is gamma; with `linear_decay` also decay [heads of the key map], its logit.
     """
 
     def __init__(self, config: LinearizeConfig, groups: KVGroups, queries_per_group: int, head_dim: int) -> None:
@@ -50,12 +50,18 @@ class FeatureMaps(nn.Module):
             else None
         )
         self.window_factor = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        state_heads = heads if config.tie_qk else map_heads
+        decays = config.linear_decay is not None
+        self.decay = nn.Parameter(torch.empty(state_heads, dtype=torch.float32)) if decays else None
         if self.w_q.device.type != "meta":
             self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initial values: the key map starts as a copy of the query map of the (first) head that it serves."""
+        """Initial values: the key map starts as a copy of the query map of the (first) head that it serves.
+
+        ``calibrated`` maps are drawn as ``kaiming`` ones until `calibration` has seen data.
+        """
         if self.settings.feature_map_init == "identity":
             self.w_q.copy_(torch.eye(self.head_dim))
         else:
@@ -68,8 +74,12 @@ class FeatureMaps(nn.Module):
         for bias in (self.b_q, self.b_k):
             if bias is not None:
                 bias.zero_()
-        gamma = self.settings.init_window_factor
-        self.window_factor.fill_(math.log(gamma / (1 - gamma)))
+        for factor, value in (
+            (self.window_factor, self.settings.init_window_factor),
+            (self.decay, self.settings.linear_decay),
+        ):
+            if factor is not None and value is not None:
+                factor.fill_(math.log(value / (1 - value)))
 
     def operands(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """(w_q, w_k, gamma) and the keyword arguments that `hybrid_attention` takes besides q, k and v."""
@@ -87,5 +97,6 @@ class FeatureMaps(nn.Module):
             "feature_map": config.feature_map,
             "b_q": self.b_q,
             "b_k": b_k,
+            "decay": None if self.decay is None else self.decay.sigmoid(),
         }
         return (w_q, w_k, gamma), options

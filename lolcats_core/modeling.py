@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from lolcats_core.architectures import ARCHITECTURES, refusal
-from lolcats_core.attention import ATTENTION_NAME, hybrid_attention_forward, prepare_inputs
+from lolcats_core.attention import ATTENTION_NAME, Reach, hybrid_attention_forward, prepare_inputs
 from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -72,6 +72,8 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 PREFIX = "lolcats_"
 # Settings that decide where training starts and nothing after it.
 INITIAL = ("init_window_factor", "feature_map_init")
+# Besides, settings of the kept heads, which attention transfer does not look at.
+NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_sinks")
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -89,6 +91,8 @@ class LinearizedMixin:
         config._attn_implementation = ATTENTION_NAME
         settings = LinearizeConfig(**config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
+            local = layer.layer_idx in local_layers(config)
+            layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
             fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
@@ -190,6 +194,11 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
         if len(kept) == groups:
             raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
+    own = None if local_layers(config) else getattr(config, "sliding_window", None)
+    if settings.softmax_window is not None and own is not None and settings.softmax_window >= own:
+        raise UserError(
+            f"`softmax_window` must be below the teacher's own sliding window of {own}, got {settings.softmax_window}"
+        )
 
 
 def kv_heads(config: PreTrainedConfig) -> int:
@@ -208,11 +217,14 @@ def feature_maps(model: nn.Module) -> dict[str, FeatureMaps]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FeatureMaps)}
 
 
-def check_settings(saved: dict[str, Any], model: dict[str, Any], source: Path | str) -> None:
+def check_settings(
+    saved: dict[str, Any], model: dict[str, Any], source: Path | str, free: tuple[str, ...] = INITIAL
+) -> None:
     """Refuse parameters trained under other settings; those that only choose initial values may differ.
 
     Args:
         saved: the values of the `LinearizeConfig` that `source` was made with; `model`: those of the model.
+        free: settings that may differ.
 
     Raises:
         UserError: naming the first setting that differs and both values.
@@ -222,7 +234,7 @@ def check_settings(saved: dict[str, Any], model: dict[str, Any], source: Path | 
     except TypeError as error:
         raise UserError(f"{source}: made by another version of this package ({error})") from None
     for key, value in wanted.items():
-        if made[key] != value and key not in INITIAL:
+        if made[key] != value and key not in free:
             raise UserError(f"{source}: made with `{key}` {made[key]!r}, but the model has {value!r}")
 
 
@@ -329,6 +341,23 @@ def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
         parameter.copy_(tensors[name])
 
 
+def restrict_maps(maps: Mapping[str, torch.Tensor], made: nn.Module, kept: nn.Module) -> dict[str, torch.Tensor]:
+    """The maps of `made`'s kv groups that are linearized in `kept` as well, in which more groups keep softmax.
+
+    Args:
+        maps: by their names in `made`. Every parameter of `FeatureMaps` has the heads, by kv groups, in front.
+        made, kept: linearized models of one teacher; their weights are not looked at.
+    """
+    before, found = feature_maps(made), {}
+    for name, module in feature_maps(kept).items():
+        groups = before[name].groups.linear
+        places = [groups.index(group) for group in module.groups.linear]
+        for key, _ in module.named_parameters():
+            by_group = maps[f"{name}.{key}"].unflatten(0, (len(groups), -1))
+            found[f"{name}.{key}"] = by_group[places].flatten(0, 1)
+    return found
+
+
 def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of `save_feature_maps` by their names in the model.
 
@@ -348,5 +377,5 @@ def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, t
         raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
     except (KeyError, ValueError):
         raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
-    check_settings(made, settings, path)
+    check_settings(made, settings, path, NOT_OF_MAPS)
     return tensors

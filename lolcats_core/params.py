@@ -21,6 +21,7 @@ from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import ParamsError
 from lolcats_core.errors import require as _require
 from lolcats_core.operation_params import GatesParams, RelinearizeParams
+from lolcats_core.training_params import FinetuneParams, SelectParams, TransferParams
 
 
 @dataclass(frozen=True)
@@ -90,98 +91,6 @@ class DataParams:
 
 
 @dataclass(frozen=True)
-class TrainingParams:
-    """What both training stages share. Published values: arXiv 2410.10254, appendix A.
-
-    `batch_size` counts rows per forward pass; an optimiser step takes `gradient_accumulation` of them. `max_steps`
-    counts optimiser steps and cuts `epochs` short. `eval_every`, `checkpoint_every` and `log_every` count optimiser
-    steps. `early_stopping` is the number of evaluations without a better validation loss after which training ends.
-    """
-
-    lr: float = 1e-2
-    weight_decay: float = 0.0
-    schedule: Literal["reduce_on_plateau", "cosine", "constant"] = "reduce_on_plateau"
-    warmup_steps: int = 0
-    plateau_factor: float = 0.1
-    plateau_patience: int = 10
-    min_lr: float = 1e-5
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_grad_norm: float = 1.0
-    epochs: int = 2
-    max_steps: int | None = None
-    eval_every: int = 100
-    max_eval_rows: int | None = None
-    early_stopping: int | None = None
-    checkpoint_every: int = 100
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "`lr` must be greater than 0", self.lr)
-        _require(self.weight_decay >= 0, "`weight_decay` must be at least 0", self.weight_decay)
-        _require(self.warmup_steps >= 0, "`warmup_steps` must be at least 0", self.warmup_steps)
-        _require(0 < self.plateau_factor < 1, "`plateau_factor` must lie in (0, 1)", self.plateau_factor)
-        _require(self.plateau_patience >= 0, "`plateau_patience` must be at least 0", self.plateau_patience)
-        _require(self.min_lr >= 0, "`min_lr` must be at least 0", self.min_lr)
-        _require(self.max_grad_norm > 0, "`max_grad_norm` must be greater than 0", self.max_grad_norm)
-        for name in ("batch_size", "gradient_accumulation", "epochs", "eval_every", "checkpoint_every", "log_every"):
-            _require(getattr(self, name) >= 1, f"`{name}` must be at least 1", getattr(self, name))
-        for name in ("max_steps", "max_eval_rows", "early_stopping"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)
-
-
-@dataclass(frozen=True)
-class TransferParams(TrainingParams):
-    """Stage 1, attention transfer. `max_steps: 0` is refused; `enabled: false` skips it (the ablation's row).
-
-    `mode`: ``joint`` trains all layers in each pass, ``streamed`` one layer after the other with one in memory;
-    ``auto`` takes joint where the model fits. `buffer`: where a streamed run keeps the hidden states.
-    """
-
-    enabled: bool = True
-    mode: Literal["auto", "joint", "streamed"] = "auto"
-    buffer: Literal["disk", "memory"] = "disk"
-    mse_weight: float = 1000.0
-    xent_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.mse_weight >= 0, "`mse_weight` must be at least 0", self.mse_weight)
-        _require(self.xent_weight >= 0, "`xent_weight` must be at least 0", self.xent_weight)
-        _require(
-            self.mse_weight + self.xent_weight > 0, "`mse_weight` or `xent_weight` must be above 0", self.mse_weight
-        )
-
-
-@dataclass(frozen=True)
-class FinetuneParams(TrainingParams):
-    """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy).
-
-    `quantize_base`: hold the frozen projections in 4 bits while LoRA trains; the result is merged into the teacher's
-    own weights. `segment_length`: take rows in pieces of so many tokens, the state passed on without gradients.
-    """
-
-    lr: float = 1e-4
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    train_feature_maps: bool = False
-    quantize_base: bool = False
-    segment_length: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        segment = self.segment_length
-        _require(segment is None or segment >= 8, "`segment_length` must be null or at least 8", segment)
-        _require(self.lora_rank >= 1, "`lora_rank` must be at least 1", self.lora_rank)
-        _require(self.lora_alpha >= 1, "`lora_alpha` must be at least 1", self.lora_alpha)
-        _require(0 <= self.lora_dropout < 1, "`lora_dropout` must lie in [0, 1)", self.lora_dropout)
-        _require(len(self.target_modules) > 0, "`target_modules` must name a projection", self.target_modules)
-
-
-@dataclass(frozen=True)
 class EvaluateParams:
     """What teacher and student are measured on.
 
@@ -243,11 +152,17 @@ class Params:
     data: DataParams = field(default_factory=DataParams)
     linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
     transfer: TransferParams = field(default_factory=TransferParams)
+    select: SelectParams = field(default_factory=SelectParams)
     finetune: FinetuneParams = field(default_factory=FinetuneParams)
     evaluate: EvaluateParams = field(default_factory=EvaluateParams)
     register: RegisterParams = field(default_factory=RegisterParams)
     gates: GatesParams = field(default_factory=GatesParams)
     relinearize: RelinearizeParams = field(default_factory=RelinearizeParams)
+
+    def __post_init__(self) -> None:
+        calibrated = self.linearize.feature_map_init == "calibrated"
+        text = "`linearize.feature_map_init: calibrated` needs `transfer.enabled`, which calibrates"
+        _require(self.transfer.enabled or not calibrated, text, self.transfer.enabled)
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:

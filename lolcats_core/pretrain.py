@@ -33,7 +33,6 @@ from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import bigram_perplexity, perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.files import atomic_directory, sha256_file, sha256_json, write_json
-from lolcats_core.params import TrainingParams
 from lolcats_core.pretrain_config import PretrainConfig, config_from_arguments
 from lolcats_core.pretrain_data import (
     IGNORED,
@@ -47,6 +46,7 @@ from lolcats_core.pretrain_data import (
 )
 from lolcats_core.runtime import resolve_device, seed_everything
 from lolcats_core.training import TrainResult, train
+from lolcats_core.training_params import TrainingParams
 
 logger = logging.getLogger(__name__)
 RECORD = "TEACHER.json"

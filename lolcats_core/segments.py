@@ -1,61 +1,21 @@
-"""Losses of long rows in bounded memory: logits by slices of positions, and rows by segments with the state passed on.
+"""The loss of long rows in bounded memory: rows by segments with the state passed on.
 
-# B batch, T tokens, d hidden size, V vocabulary
+# B batch, T tokens
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lolcats_core.attention import HybridContext
 from lolcats_core.cache import HybridCache
 from lolcats_core.errors import UserError
-from lolcats_core.evaluation.forward import MAX_FLOAT_LOGITS
 from lolcats_core.evaluation.perplexity import next_token_targets
-
-
-def plain_model(model: nn.Module) -> Any:
-    """The causal language model inside a `PeftModel`, or `model` itself."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def output_logits(student: Any, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of final hidden states [..., d], as the supported families compute them."""
-    logits = student.get_output_embeddings()(hidden)
-    scaling = getattr(student.config, "logits_scaling", None)  # Granite
-    if scaling is not None:
-        logits = logits / scaling
-    cap = getattr(student.config, "final_logit_softcapping", None)  # Gemma 2
-    return logits if cap is None else (logits / cap).tanh() * cap
-
-
-def summed_loss(student: Any, hidden: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-    """Sum of the next-token cross-entropy in float32 over counted targets.
-
-    Where the logits would pass `MAX_FLOAT_LOGITS` they are made a slice of positions at a time, in the backward pass
-    again.
-
-    Args:
-        hidden: final hidden states [B, T, d] that predict `targets` [B, T]; `counted`: [B, T] bool.
-    """
-
-    def part(hidden: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        logits = output_logits(student, hidden)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return (losses * counted.flatten().to(losses.dtype)).sum()
-
-    width = max(1, MAX_FLOAT_LOGITS // (student.config.vocab_size * len(targets)))
-    if width >= targets.shape[1]:
-        return part(hidden, targets, counted)
-    slices = zip(hidden.split(width, 1), targets.split(width, 1), counted.split(width, 1), strict=True)
-    sums = [checkpoint(part, *given, use_reentrant=False) for given in slices]
-    return torch.stack(cast(list[Tensor], sums)).sum()
+from lolcats_core.losses import plain_model, summed_loss
 
 
 def offloaded() -> AbstractContextManager[Any]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lolcats_core import parallel
 from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.files import atomic_file
-from lolcats_core.params import TrainingParams
 from lolcats_core.progress import progress
+from lolcats_core.training_params import TrainingParams
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"

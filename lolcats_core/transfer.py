@@ -9,6 +9,7 @@ nothing is kept: memory does not grow with depth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lolcats_core import parallel
-from lolcats_core.attention import HybridContext, Scores, document_numbers
+from lolcats_core.attention import HybridContext, Scores, TransferObserver, document_numbers, student_attention
+from lolcats_core.branches import window_dropout
+from lolcats_core.calibration import calibrate_layer, calibration_rows
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.modeling import feature_maps, named_map_parameters
@@ -67,6 +70,8 @@ class LossObserver:
                 q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
             mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=edges)
             loss = self.params.mse_weight * mse
+            if self.params.loss_normalization == "layer":
+                loss = loss / y_true.to(mse.dtype).square().mean().clamp(min=torch.finfo(mse.dtype).tiny)
             if self.params.xent_weight:
                 loss = loss + self.params.xent_weight * attention_cross_entropy(q, k, operands, options)
             loss = loss / self.layers
@@ -116,13 +121,18 @@ def transfer_losses(
         scale: factor on the loss whose gradients are added to the maps' ``.grad``; None computes no gradient.
     """
     observer = LossObserver(len(feature_maps(student)), params, scale)
+    show_layers(student, batch, observer)
+    return observer.scalars()
+
+
+@torch.no_grad()
+def show_layers(student: PreTrainedModel, batch: dict[str, Tensor], observer: TransferObserver) -> None:
+    """Pass a batch through the decoder with the teacher's outputs, each linearized layer shown to `observer`."""
     positions = batch.get("position_ids")
     document = None if positions is None else document_numbers(positions)
     context = HybridContext(observer=observer, document=document)
-    with torch.no_grad():
-        decoder = cast(Any, student).base_model
-        decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
-    return observer.scalars()
+    decoder = cast(Any, student).base_model
+    decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
 
 
 def evaluate_transfer(
@@ -140,13 +150,80 @@ def evaluate_transfer(
 
 def mean_losses(losses: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, float]:
     """Mean of `losses` over rows 0 … count - 1, by batches, divided between the processes."""
+    means = mean_values(losses, count, batch_size)
+    return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+
+
+def mean_values(measure: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, Tensor]:
+    """As `mean_losses`, of tensors of any shape, in float64."""
     sums: dict[str, Any] = {}
     batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     for indices, real in parallel.rounds(batches):
-        for name, value in losses(indices).items():
+        for name, value in measure(indices).items():
             sums[name] = sums.get(name, 0.0) + value.double() * (len(indices) * real)
-    totals = parallel.total(torch.stack(list(sums.values()))).tolist()
-    return {name: value / count for name, value in zip(sums, totals, strict=True)}
+    flat = parallel.total(torch.cat([value.flatten() for value in sums.values()])) / count
+    parts = flat.split([value.numel() for value in sums.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+
+class HeadErrors:
+    """Observer of a forward pass: each linearized head's mean squared error, and the mean square of its softmax output.
+
+    `values`: by `layer_name`, [2, H] of a batch; `Errors` are their means over rows.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        index: int,
+        maps: FeatureMaps,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y_true: Tensor,
+        scores: Scores,
+        context: HybridContext,
+    ) -> None:
+        y = student_attention(maps, q, k, v, scores, context)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        both = torch.stack([y.to(wide) - y_true.to(wide), y_true.to(wide)])
+        self.values[layer_name(index)] = both.square().mean((1, 2, 4))
+
+
+# By layer: "error" (mean squared error) and "power" (mean square of the softmax output) of each linearized query head.
+Errors = dict[int, dict[str, list[float]]]
+
+
+def errors_of(means: dict[str, Tensor]) -> Errors:
+    """Means of `HeadErrors.values` as plain numbers."""
+    rows = {int(name.rpartition("_")[2]): value.tolist() for name, value in means.items()}
+    return {layer: {"error": error, "power": power} for layer, (error, power) in sorted(rows.items())}
+
+
+def head_errors(student: PreTrainedModel, rows: Rows, count: int, batch_size: int) -> Errors:
+    """Transfer errors of every linearized head over the first `count` rows, under teacher forcing.
+
+    Args:
+        student: after attention transfer, before LoRA, so that its projections are the teacher's.
+    """
+    device = student.device
+
+    def measure(indices: np.ndarray) -> dict[str, Tensor]:
+        observer = HeadErrors()
+        show_layers(student, {name: value.to(device) for name, value in rows.batch(indices).items()}, observer)
+        return observer.values
+
+    return errors_of(mean_values(measure, min(count, len(rows)), batch_size))
+
+
+def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed: int) -> None:
+    """Set every layer's maps and factors in one pass of a few training rows (`calibration`)."""
+    batch = rows.batch(calibration_rows(len(rows), params, seed))
+    on_device = {name: value.to(student.device) for name, value in batch.items()}
+    show_layers(student, on_device, functools.partial(calibrate_layer, seed=seed))
 
 
 def check_cross_entropy(rows: Rows, params: TransferParams) -> None:
@@ -185,9 +262,16 @@ def attention_transfer(
     check_cross_entropy(rows, params)
     student.eval()
     device = student.device
+    if student.config.linearize["feature_map_init"] == "calibrated" and len(rows):
+        calibrate(student, rows, params, seed)
+
+    def step(batch: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        with window_dropout(student, params.window_dropout):
+            return transfer_losses(student, batch, params, scale)
+
     return train(
         trainable=named_map_parameters(student),
-        step=lambda batch, scale: transfer_losses(student, batch, params, scale),
+        step=step,
         rows=rows,
         params=params,
         evaluate=lambda: evaluate_transfer(student, validation, params, device),

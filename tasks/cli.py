@@ -6,15 +6,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from tasks import registry_cli
 from tasks.logs import setup_logging
+
+if TYPE_CHECKING:
+    from lolcats_core.params import Params
 
 F = TypeVar("F", bound=Callable[..., Any])
 app = typer.Typer(
@@ -287,18 +290,45 @@ def ablate(
     root = find_root()
     from lolcats_core.ablation import SECTIONS, Budget
     from lolcats_core.ablation_report import markdown
-    from lolcats_core.params import load_params
-    from tasks import experiment
     from tasks.ablate import ablate as run_rows
 
-    budget, values = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows), _parse_overrides(set)
-    if preset or values:
-        chosen = experiment.prepare(root, preset, values)
-        work, params, environment = chosen.root, chosen.params, chosen.environment
-    else:
-        work, params, environment = root, load_params(root / "params.yaml"), {}
+    budget = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows)
+    work, params, environment = _work(root, preset, set)
     report = run_rows(work, params, budget, section or SECTIONS, environment, store=root)
     print(f"\n{markdown(report)}\nWritten to reports/ablation.md and reports/ablation.json.")
+
+
+@app.command()
+@_one_line_errors
+def frontier(
+    preset: Preset = None,
+    set: Overrides = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of the kv cache that stays; 0, 0.1, 0.25 and 0.5 by default.")
+    ] = None,
+    finetune: Annotated[bool, typer.Option(help="Stage 2 at each of them as well.")] = True,
+) -> None:
+    """Measure perplexity and recall against the size of the cache; continues where it was."""
+    setup_logging()
+    root = find_root()
+    from tasks.frontier import RATIOS, markdown
+    from tasks.frontier import frontier as measure
+
+    work, params, environment = _work(root, preset, set)
+    report = measure(work, params, ratio or RATIOS, finetune=finetune, environment=environment, store=root)
+    print(f"\n{markdown(report)}\nWritten to reports/frontier.md, .json and .png.")
+
+
+def _work(root: Path, preset: str | None, overrides: list[str] | None) -> tuple[Path, Params, Mapping[str, str]]:
+    """Checkout, parameters and environment of a command that takes overrides: with any, a worktree of its own."""
+    from lolcats_core.params import load_params
+    from tasks import experiment
+
+    values = _parse_overrides(overrides)
+    if preset or values:
+        chosen = experiment.prepare(root, preset, values)
+        return chosen.root, chosen.params, chosen.environment
+    return root, load_params(root / "params.yaml"), {}
 
 
 @app.command()

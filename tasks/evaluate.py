@@ -63,6 +63,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         "tasks": {name: compare_task(results["teacher"][name], results["finetuned"][name]) for name in params.tasks},
         "positions": positions,
         "generation": compare_generation(writing, ends) if writing else {},
+        "state": measured.state(),
         "audit": {**audits["teacher"], **audits["transferred"], **audits["finetuned"]} if audits else {},
         "left_out": measured.left_out,
         "lm_eval_version": lm_eval_version(),
@@ -143,6 +144,9 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {f"perplexity_{step}": value for step, value in perplexities.items()}
     metrics["ratio_finetuned_to_teacher"] = perplexities["finetuned"] / perplexities["teacher"]
     metrics["tokens"] = evaluation["perplexity_tokens"]
+    state = evaluation["state"]
+    metrics |= {f"state_{name}_bytes": float(value) for name, value in state.items()}
+    metrics["state_over_published"] = (state["linear"] + state["exact"]) / state["published"]
     for step, by_gap in evaluation["recall"].items():
         for gap, result in by_gap.items():
             metrics[f"recall_{gap}_{step}"] = result["value"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -21,6 +21,24 @@ def loss_figure(history: Sequence[dict[str, float]], title: str, log_scale: bool
         axes.set_yscale("log")
     axes.legend()
     axes.grid(alpha=0.3)
+    return figure
+
+
+def selection_figure(selection: Mapping[str, Any]) -> Figure:
+    """What each layer or kv group scored, those that keep softmax attention in another colour."""
+    found = [entry for entry in selection["candidates"] if entry["score"] is not None]
+    names = [str(e["layer"]) if e["group"] is None else f"{e['layer']}.{e['group']}" for e in found]
+    colours = ["tab:blue" if entry["kept"] is None else "tab:orange" for entry in found]
+    figure = Figure(figsize=(max(7.0, 0.22 * len(found)), 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(names, [entry["score"] for entry in found], color=colours)
+    what = "layer" if all(entry["group"] is None for entry in found) else "layer.kv group"
+    title = f"Softmax kept (orange): {selection['cache_ratio']:.1%} of the kv cache"
+    axes.set(xlabel=what, ylabel=(selection["criterion"] or "transfer error").replace("_", " "), title=title)
+    axes.tick_params(axis="x", rotation=90 if len(found) > 16 else 0)
+    if min(entry["score"] for entry in found) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, axis="y")
     return figure
 
 

@@ -17,7 +17,7 @@ from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin, verified_folder
 from tasks.figures import loss_figure
 from tasks.stage import Stage, main
-from tasks.training_outputs import open_rows, training_metrics, write_history
+from tasks.training_outputs import open_rows, selected, training_metrics, write_history
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,6 +28,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     params = stage.params
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
+    settings, maps = selected(stage)
     pin = read_pin(stage.input("teacher"))
     # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
     by_layer = params.finetune.quantize_base or parallel.world() > 1
@@ -35,11 +36,11 @@ def run(stage: Stage) -> Mapping[str, float]:
         folder = verified_folder(stage.input("teacher"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=pin.trust_remote_code)
         quantized = params.finetune.quantize_base
-        student = load_student(folder, config, params.linearize, device=device, dtype=dtype, quantized=quantized)
+        student = load_student(folder, config, settings, device=device, dtype=dtype, quantized=quantized)
     else:
         teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-        student = linearize(teacher, params.linearize, seed=params.seed)
-    load_feature_maps(student, stage.input("transfer") / "feature_maps.safetensors")
+        student = linearize(teacher, settings, seed=params.seed)
+    load_feature_maps(student, maps)
     check_target_modules(student, params.finetune)
     total = sum(p.numel() for p in student.parameters())
     adapted, result = low_rank_finetune(

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lolcats_core import linearize, load_feature_maps
+from lolcats_core import LinearizeConfig, linearize, load_feature_maps
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
@@ -27,10 +27,12 @@ from lolcats_core.evaluation.results import ResultCache, model_hash
 from lolcats_core.files import sha256_json, write_json, write_text
 from lolcats_core.progress import progress
 from lolcats_core.runtime import resolve_device, resolve_dtype
+from lolcats_core.state_size import state_facts
 from lolcats_core.teacher import load_teacher, load_tokenizer
 from tasks import streamed_models
 from tasks.stage import Stage
 from tasks.streamed_models import NEEDS_WHOLE, StreamedModels
+from tasks.training_outputs import selected
 
 logger = logging.getLogger(__name__)
 # Rows beyond the training length, where the teacher's context allows it.
@@ -68,9 +70,10 @@ class Models:
             return load_teacher(stage.input("teacher"), dtype=self.dtype, device=self.device)
         if step == "finetuned":
             return self._load_finetuned(stage.input("finetune") / "model")
-        student = linearize(self.get("teacher"), stage.params.linearize, seed=stage.params.seed)
+        settings, maps = selected(stage)
+        student = linearize(self.get("teacher"), settings, seed=stage.params.seed)
         if step == "transferred":
-            load_feature_maps(student, stage.input("transfer") / "feature_maps.safetensors")
+            load_feature_maps(student, maps)
         return student
 
     def _load_finetuned(self, path: Path) -> PreTrainedModel:
@@ -129,6 +132,11 @@ class Measurements:
             return self.cache.get(name, {**key, **settings}, measure)
 
         return self.kept(f"{name}-{step}", look_up)
+
+    def state(self) -> dict[str, int]:
+        """Bytes that the student's decoding holds for one sequence: `state_facts`."""
+        config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
+        return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
 
     def bigram(self) -> dict[str, Any]:
         """The baseline, counted on the training rows."""

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # Parameters that decide the weights; the rest of params.yaml says where and how a run runs.
-RECIPE = ("seed", "data", "linearize", "transfer", "finetune")
+RECIPE = ("seed", "data", "linearize", "transfer", "select", "finetune")
 LINEAGE = (
     "registered",
     "git.",

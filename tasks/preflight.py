@@ -18,6 +18,7 @@ from lolcats_core.finetune import check_target_modules
 from lolcats_core.known_models import ModelShape
 from lolcats_core.modeling import empty_student
 from lolcats_core.params import Params
+from lolcats_core.selection import budget_count
 from lolcats_core.teacher import locate, read_pin
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,14 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     """Hold the parameters of every stage against the pinned teacher; loads no weights.
 
     Raises:
-        UserError: the maps or LoRA do not fit the teacher's shape, a row or a recall string is longer than its context,
-            segments meet packed documents or checkpointing, or an evaluation task does not exist.
+        UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row or a recall string is
+            longer than its context, segments meet packed documents or checkpointing, or a task does not exist.
     """
     pin = read_pin(pin_dir)
     config = AutoConfig.from_pretrained(locate(pin, root), trust_remote_code=pin.trust_remote_code)
     with torch.device("meta"):
         check_target_modules(empty_student(config, params.linearize), params.finetune)
+    budget_count(params.select, params.linearize, config)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,

@@ -14,11 +14,11 @@ from lolcats_core.errors import UserError
 from lolcats_core.files import write_json, write_text
 from tasks import report_figures as figures
 from tasks.evaluation_figures import MODELS, perplexity_figure, recall_figure
-from tasks.figures import layer_figure, loss_figure
+from tasks.figures import layer_figure, loss_figure, selection_figure
 from tasks.report_html import STEPS, Facts, page
 from tasks.stage import Stage, main
 
-STAGES = ("teacher", "prepare", "transfer", "finetune", "evaluate")
+STAGES = ("teacher", "prepare", "transfer", "select", "finetune", "evaluate")
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -34,6 +34,7 @@ def run(stage: Stage) -> Mapping[str, float]:
             "seed": params.seed,
             "linearize": params.linearize.to_dict(),
             "transfer": vars(params.transfer),
+            "select": vars(params.select),
             "finetune": vars(params.finetune),
             "data": vars(params.data),
         },
@@ -41,7 +42,8 @@ def run(stage: Stage) -> Mapping[str, float]:
     histories = {name: history(stage, name) for name in ("transfer", "finetune")}
     for name, points in plots(facts.evaluation, histories).items():
         write_json(stage.out / "plots" / f"{name}.json", points)
-    drawn = draw(facts, histories["transfer"], histories["finetune"], params.data.sequence_length)
+    selection = read(stage, "select", "selection.json")
+    drawn = draw(facts, selection, histories, params.data.sequence_length)
     with matplotlib.rc_context({"svg.hashsalt": "lolcats"}):  # the same figures are the same bytes
         for name, figure in drawn.items():
             figure.savefig(stage.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
@@ -93,10 +95,10 @@ def plots(
 
 
 def draw(
-    facts: Facts, transfer: list[dict[str, float]], finetune: list[dict[str, float]], trained: int
+    facts: Facts, selection: dict[str, Any], histories: Mapping[str, list[dict[str, float]]], trained: int
 ) -> dict[str, Figure]:
     """Every figure that the results allow, by name, in the report's order."""
-    evaluation = facts.evaluation
+    evaluation, transfer, finetune = facts.evaluation, histories["transfer"], histories["finetune"]
     perplexity = evaluation["perplexity"]
     drawn: dict[str, Figure | None] = {
         "perplexity": perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
@@ -120,6 +122,8 @@ def draw(
     if transfer:
         drawn["transfer_loss"] = loss_figure(transfer, "Attention transfer", log_scale=True)
         drawn["transfer_layers"] = layer_figure(transfer, "Attention transfer: error by layer")
+    if any(entry["score"] is not None for entry in selection["candidates"]):
+        drawn["selection"] = selection_figure(selection)
     if finetune:
         drawn["finetune_loss"] = loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from lolcats_core.config import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.doctor import device_memory, evaluated_by_layers
 from lolcats_core.evaluation.perplexity import PerplexityResult
@@ -16,6 +17,7 @@ from lolcats_core.streaming.evaluate import open_sweep, streamed_perplexity
 from lolcats_core.streaming.sweep import Sweep
 from lolcats_core.teacher import locate, read_pin, verified_folder
 from tasks.stage import Stage
+from tasks.training_outputs import selected
 
 # What needs a model that is there as a whole, by its parameter, and the value that leaves it out.
 NEEDS_WHOLE = {"recall_gaps": (), "tasks": (), "long_rows": 0, "generation_prompts": 0, "audit_rows": 0}
@@ -58,17 +60,14 @@ class StreamedModels:
         if step == "finetuned":
             folder = stage.input("finetune") / "model"
             return open_sweep(folder, AutoConfig.from_pretrained(folder), **where)  # type: ignore[arg-type]
-        config, settings = teacher_config(stage), stage.params.linearize
+        config, (settings, trained) = teacher_config(stage), selected(stage)
         folder = verified_folder(stage.input("teacher"))
         if step == "teacher":
             return open_sweep(folder, config, **where)  # type: ignore[arg-type]
-        maps = (
-            stage.input("transfer") / "feature_maps.safetensors" if step == "transferred" else self._untrained(config)
-        )
+        maps = trained if step == "transferred" else self._untrained(config, settings)
         return open_sweep(folder, config, settings=settings, maps=maps, **where)  # type: ignore[arg-type]
 
-    def _untrained(self, config: PreTrainedConfig) -> Path:
-        settings = self.stage.params.linearize
+    def _untrained(self, config: PreTrainedConfig, settings: LinearizeConfig) -> Path:
         path = self.stage.scratch / "untrained.safetensors"
         write_feature_maps(initial_feature_maps(config, settings, self.stage.params.seed), settings, path)
         return path

@@ -5,16 +5,35 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lolcats_core.config import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
+from lolcats_core.errors import UserError
 from lolcats_core.files import write_text
 from lolcats_core.training import TrainResult
 from tasks.stage import Stage
+
+MAPS = "feature_maps.safetensors"
 
 
 def open_rows(stage: Stage) -> tuple[TokenRows, TokenRows]:
     """Training and validation rows of stage `prepare`."""
     data = stage.input("prepare")
     return TokenRows.open(data / "train"), TokenRows.open(data / "validation")
+
+
+def selected(stage: Stage) -> tuple[LinearizeConfig, Path]:
+    """The student's settings and the file of its feature maps, as stage `select` left them to every later stage.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    folder = stage.input("select")
+    path = folder / "selection.json"
+    try:
+        settings = LinearizeConfig(**json.loads(path.read_text(encoding="utf-8"))["linearize"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); run `dvc repro select`") from None
+    return settings, folder / MAPS
 
 
 def write_history(path: Path, result: TrainResult) -> None:

@@ -15,14 +15,15 @@ from lolcats_core.runtime import resolve_dtype
 from lolcats_core.streaming.transfer import streamed_attention_transfer
 from lolcats_core.teacher import load_teacher, locate, read_pin, verified_folder
 from lolcats_core.training import TrainResult
+from lolcats_core.transfer import head_errors
 from tasks import preflight
 from tasks.figures import layer_figure, loss_figure
 from tasks.stage import Stage, main
-from tasks.training_outputs import open_rows, training_metrics, write_history
+from tasks.training_outputs import MAPS, open_rows, training_metrics, write_history
 
 
 def run(stage: Stage) -> Mapping[str, float]:
-    """Write feature_maps.safetensors, linearize.json and history.jsonl; metrics of the training."""
+    """Write feature_maps.safetensors, linearize.json, errors.json and history.jsonl; metrics of the training."""
     params = stage.params
     preflight.check(params, stage.input("teacher"), stage.root)
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
@@ -35,7 +36,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     result, streamed = TrainResult(), False
     if trains and preflight.transfer_mode(params, config, device) == "streamed":
         streamed = True
-        maps, result = streamed_attention_transfer(
+        maps, result, errors = streamed_attention_transfer(
             verified_folder(stage.input("teacher")),
             config,
             params.linearize,
@@ -70,11 +71,14 @@ def run(stage: Stage) -> Mapping[str, float]:
                 seed=params.seed,
                 log=stage.log_metrics,
             )
+        count = min(len(validation_rows), params.transfer.max_eval_rows or len(validation_rows))
+        errors = head_errors(student, validation_rows, count, params.transfer.batch_size) if maps else {}
     if trains:
         stage.log_figure("transfer_loss.png", loss_figure(result.history, "Attention transfer", log_scale=True))
         stage.log_figure("transfer_layers.png", layer_figure(result.history, "Attention transfer: error by layer"))
-    write_feature_maps(maps, params.linearize, stage.out / "feature_maps.safetensors")
+    write_feature_maps(maps, params.linearize, stage.out / MAPS)
     write_json(stage.out / "linearize.json", {"linearize": params.linearize.to_dict(), "seed": params.seed})
+    write_json(stage.out / "errors.json", errors)
     write_history(stage.out / "history.jsonl", result)
     trainable = sum(p.numel() for p in named_map_parameters(shape).values())
     metrics = training_metrics(result, trainable, sum(p.numel() for p in shape.parameters()))

@@ -7,7 +7,8 @@ sums all chunks before those:
     sliding    the same, but keys of the previous chunk that have left the window are linear, pair by pair
     none       own chunk linear, pair by pair; all earlier chunks through the state
 
-A column of ones beside v makes the denominator one more column of the numerator.
+A column of ones beside v makes the denominator one more column of the numerator. With a decay d, the state before chunk
+n counts a token at position j with d^(n C - j), and a query at n C + r takes it with d^r.
 
 # B batch, T tokens, N chunks, C chunk size, H = Hk G query heads, Hk key/value heads, D head dim, E features
 """
@@ -69,19 +70,26 @@ def chunked_forward(
     kc, vc = kc[:, :, None], F.pad(vc, (0, 1), value=1.0)[:, :, None]
 
     gamma, alpha = (x.to(q.dtype).view(key_heads, -1, 1, 1, 1) for x in (maps.gamma, maps.linear_factor()))
+    decay = None if maps.decay is None else maps.decay.to(q.dtype).view(key_heads, -1, 1, 1, 1)
+    rows = torch.arange(size, device=q.device)[:, None]
 
     # State before each chunk: S_n sums chunks 0 … n-2, or 0 … n-1 without a window.
     lag = 1 if window == "none" else 2
-    sums = phi_k.mT @ vc
-    past = F.pad(sums, (0, 0, 0, 0, lag, 0))[..., : sums.shape[-3], :, :].cumsum(-3)
-    if state is not None:
-        older = torch.cat([state[0], state[1][..., None]], -1)
-        past = past + _grouped(older, key_heads)[:, :, :, None]
-    total = alpha * (phi_q @ past)
+    sums = (phi_k if decay is None else phi_k * decay ** (lag * size - rows)).mT @ vc
+    past = F.pad(sums, (0, 0, 0, 0, lag, 0))[..., : sums.shape[-3], :, :]
+    older = None if state is None else _grouped(torch.cat([state[0], state[1][..., None]], -1), key_heads)
+    if decay is None:
+        past = past.cumsum(-3) if older is None else past.cumsum(-3) + older[:, :, :, None]
+        total = alpha * (phi_q @ past)
+    else:
+        past = _decayed_scan(past, older, decay[..., 0] ** size)
+        total = alpha * decay**rows * (phi_q @ past)
 
-    rows = torch.arange(size, device=q.device)[:, None]
     if window == "none":
-        own = (phi_q @ phi_k.mT).masked_fill(torch.arange(size, device=q.device)[None, :] > rows, 0)
+        columns = torch.arange(size, device=q.device)[None, :]
+        own = (phi_q @ phi_k.mT).masked_fill(columns > rows, 0)
+        if decay is not None:
+            own = own * decay ** (rows - columns).clamp(min=0)
         total = total + alpha * (own @ vc)
         y = total[..., :-1] / (total[..., -1:] + NO_WINDOW_EPSILON)
     else:
@@ -95,6 +103,8 @@ def chunked_forward(
         weights = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         if window == "sliding":
             left = (phi_q @ _previous(phi_k).mT).masked_fill(inside[:, :size] | absent, 0)
+            if decay is not None:
+                left = left * decay ** (queries - keys[:, :size])
             weights = weights + F.pad(alpha * left, (0, size))
         total = total + weights @ torch.cat([_previous(vc), vc], -2)
         y = total[..., :-1] / total[..., -1:]
@@ -102,21 +112,45 @@ def chunked_forward(
     return y.transpose(1, 2), phi_k
 
 
+def _decayed_scan(sums: Tensor, older: Tensor | None, factor: Tensor) -> Tensor:
+    """States before each chunk: state n = factor * state n-1 + sums n, from `older` before the first.
+
+    Args:
+        sums: [B, Hk, G, N, E, D], nothing at chunk 0; `older`: [B, Hk, G, E, D] or None; `factor`: [Hk, G, 1, 1].
+    """
+    state = torch.zeros_like(sums[:, :, :, 0]) if older is None else older
+    states = [state]
+    for chunk in sums.unbind(3)[1:]:
+        state = factor * state + chunk
+        states.append(state)
+    return torch.stack(states, 3)
+
+
 def fold_state(
-    v: Tensor, phi_k: Tensor, spec: Spec, length: Tensor, older: tuple[Tensor, Tensor] | None
+    v: Tensor,
+    phi_k: Tensor,
+    spec: Spec,
+    length: Tensor,
+    older: tuple[Tensor, Tensor] | None,
+    decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S [B, Hs, E, D] and z [B, Hs, E] of what the last token of each right-padded sequence sees linearly.
 
     Args:
         v: [B, T, Hk, D]; `phi_k` of `chunked_forward`.
         length: [B], real tokens of each row.
-        older: S and z of the tokens before the first column.
+        older: S and z of the tokens before the first column. `decay`: of `Maps`.
     """
-    fold = (
-        torch.arange(v.shape[1], device=v.device)[None, :]
-        < folded_tokens(length, spec.window, spec.window_size)[:, None]
-    )
+    count = folded_tokens(length, spec.window, spec.window_size)[:, None]
+    column = torch.arange(v.shape[1], device=v.device)[None, :]
+    fold = column < count
     features = phi_k.flatten(1, 2).flatten(2, 3)[:, :, : v.shape[1]] * fold[:, None, :, None].to(phi_k.dtype)
     values = v.transpose(1, 2).repeat_interleave(features.shape[1] // v.shape[2], 1)
+    if decay is not None:
+        by_head = decay.to(v.dtype)[:, None]
+        features = features * (by_head ** (count - column).clamp(min=0)[:, None])[..., None]
+        if older is not None:
+            gone = by_head[:, 0] ** count
+            older = older[0] * gone[..., None, None], older[1] * gone[..., None]
     s, z = features.mT @ values, features.sum(-2)
     return (s, z) if older is None else (older[0] + s, older[1] + z)

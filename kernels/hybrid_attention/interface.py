@@ -18,6 +18,7 @@ from torch import Tensor
 from lolcats_kernels.hybrid_attention.chunked import chunked_forward, fold_state
 from lolcats_kernels.hybrid_attention.feature_map import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.naive import hybrid_attention_naive
+from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
 from lolcats_kernels.hybrid_attention.recurrent import decode_step
 from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState, fill_ring, folded_tokens, ring_slots
@@ -40,6 +41,7 @@ def hybrid_attention(
     feature_map: str = "hedgehog",
     b_q: Tensor | None = None,
     b_k: Tensor | None = None,
+    decay: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     cu_seqlens: Tensor | None = None,
@@ -54,6 +56,8 @@ def hybrid_attention(
         q: [B, T, H, D] after rotary embeddings; `k`, `v`: [B, T, Hk, D], not repeated to the query heads.
         w_q: [H, D, F]; `w_k`: [H, D, F] or [Hk, D, F]; `b_q`, `b_k`: biases [heads, F] or None.
         window_factor: [H], gamma, already through the sigmoid. `linear_factor`: [H] or None for 1.
+        decay: one for each map of `w_k`, in (0, 1): a token's linear weight shrinks by it with each later token
+            (as in arXiv 2307.08621), or None for 1.
         scale: of the window's scores; 1/sqrt(D) unless given. `softcap`: bound on them (Gemma 2) or None.
         cu_seqlens: [n + 1] boundaries of n sequences packed into one row (B = 1).
         lengths: [B] real tokens of each row, which must stand at its start; outputs after them are undefined.
@@ -67,8 +71,8 @@ def hybrid_attention(
     Raises:
         ValueError: shapes do not fit or an option is unknown.
     """
-    _check(q, k, v, w_q, w_k, window_factor, window, window_size, feature_map, cu_seqlens, lengths, backend)
-    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k)
+    _check(q, k, v, w_q, w_k, window_factor, decay, window, window_size, feature_map, cu_seqlens, lengths, backend)
+    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k, decay)
     spec = Spec(window, window_size, feature_map, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     if backend == "naive":
         if return_state or initial_state is not None or cu_seqlens is not None or lengths is not None:
@@ -83,12 +87,12 @@ def hybrid_attention(
     if cu_seqlens is not None:
         if fused and initial_state is None and not return_state:
             return _fused_ops().forward(q, k, v, maps, spec, cu_seqlens=cu_seqlens)[0]
-        packed, lengths = _packed_index(cu_seqlens)
+        packed, lengths = packed_index(cu_seqlens)
         q, k, v = (x[0][packed] for x in (q, k, v))
     batch, columns = q.shape[:2]
     if initial_state is None and not return_state:
         y, _ = _run(fused, q, k, v, maps, spec, lengths, None, end=False)
-        return y if packed is None or lengths is None else _unpack(y, packed, lengths)
+        return y if packed is None or lengths is None else unpack_rows(y, packed, lengths)
 
     counts = torch.full((batch,), columns, device=q.device) if lengths is None else lengths
     counts = counts.to(torch.int64)
@@ -104,7 +108,7 @@ def hybrid_attention(
         rows = held[:, None] + torch.arange(columns, device=q.device)
         y = y.gather(1, rows[..., None, None].expand(-1, -1, *y.shape[2:]))
     if packed is not None:
-        y = _unpack(y, packed, counts)
+        y = unpack_rows(y, packed, counts)
     if end is None:
         return y
     length = first + (counts if held is None else held + counts)
@@ -127,6 +131,7 @@ def hybrid_decode_(
     feature_map: str = "hedgehog",
     b_q: Tensor | None = None,
     b_k: Tensor | None = None,
+    decay: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     backend: str = "auto",
@@ -141,7 +146,7 @@ def hybrid_decode_(
     Returns:
         y [B, 1, H, D] in the dtype of `q`.
     """
-    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k)
+    maps = Maps(w_q, w_k, window_factor, linear_factor, b_q, b_k, decay)
     spec = Spec(window, window_size, feature_map, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     with torch.no_grad():
         if _fused(q, v, maps, spec, backend):
@@ -198,7 +203,7 @@ def _fused_errors(
         q.shape[-1] ** -0.5 if scale is None else scale,
         given.get("softcap"),
     )
-    maps = Maps(w_q, w_k, gamma, given.get("linear_factor"), given.get("b_q"), given.get("b_k"))
+    maps = Maps(w_q, w_k, gamma, given.get("linear_factor"), given.get("b_q"), given.get("b_k"), given.get("decay"))
     frozen = not any(x.requires_grad for x in (q, k, v, y_true))
     if spec.window != "terraced" or not frozen or not _fused(q, v, maps, spec, given["backend"]):
         return None
@@ -209,7 +214,7 @@ def _fused_errors(
 def _naive(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec) -> Tensor:
     accumulate = torch.promote_types(q.dtype, torch.float32)
     wide = (x.to(accumulate) for x in (q, k, v, maps.w_q, maps.w_k, maps.gamma))
-    options = {"linear_factor": maps.alpha, "b_q": maps.b_q, "b_k": maps.b_k, **vars(spec)}
+    options = {"linear_factor": maps.alpha, "b_q": maps.b_q, "b_k": maps.b_k, "decay": maps.decay, **vars(spec)}
     return hybrid_attention_naive(*wide, **options).to(q.dtype)
 
 
@@ -236,7 +241,7 @@ def _run(
         return y.to(dtype), None
     if lengths is None:
         lengths = torch.full((q.shape[0],), q.shape[1], device=q.device)
-    return y.to(dtype), fold_state(v, phi_k, spec, lengths.to(torch.int64), older)
+    return y.to(dtype), fold_state(v, phi_k, spec, lengths.to(torch.int64), older, maps.decay)
 
 
 def _fused_ops() -> Any:
@@ -295,20 +300,6 @@ def _fused(
     return False
 
 
-def _packed_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Column of the packed row for each place of the right-padded batch [n, longest], and the n lengths."""
-    lengths = cu_seqlens.diff().to(torch.int64)
-    columns = torch.arange(int(lengths.max()), device=cu_seqlens.device)
-    index = cu_seqlens[:-1, None].to(torch.int64) + torch.minimum(columns, (lengths - 1).clamp(min=0)[:, None])
-    return index, lengths
-
-
-def _unpack(y: Tensor, packed: Tensor, lengths: Tensor) -> Tensor:
-    """Right-padded [n, longest, H, D] → packed [1, T, H, D]."""
-    real = torch.arange(packed.shape[1], device=y.device)[None, :] < lengths[:, None]
-    return y[real][None]
-
-
 def _behind_ring(
     state: HybridState, q: Tensor, k: Tensor, v: Tensor, first: Tensor, held: Tensor, slots: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,6 +327,7 @@ def _check(
     w_q: Tensor,
     w_k: Tensor,
     window_factor: Tensor,
+    decay: Tensor | None,
     window: str,
     window_size: int,
     feature_map: str,
@@ -356,6 +348,8 @@ def _check(
         )
     if window_factor.shape != (heads,):
         raise ValueError(f"`window_factor` must be [H] = [{heads}], got {tuple(window_factor.shape)}")
+    if decay is not None and decay.shape != w_k.shape[:1]:
+        raise ValueError(f"`decay` must be [{w_k.shape[0]}], one for each map of w_k, got {tuple(decay.shape)}")
     if window not in ("terraced", "sliding", "none"):
         raise ValueError(f"`window` must be one of terraced, sliding, none, got {window!r}")
     if feature_map not in FEATURE_MAPS:

@@ -48,6 +48,7 @@ def hybrid_weights(
     feature_map: str = "hedgehog",
     b_q: Tensor | None = None,
     b_k: Tensor | None = None,
+    decay: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     first_query: int = 0,
@@ -74,7 +75,11 @@ def hybrid_weights(
     inside = window_mask(window, queries, keys, window_size)
     past = (keys <= queries) & ~inside
     alpha = torch.ones_like(window_factor) if linear_factor is None else linear_factor
-    weights = alpha.to(q.dtype)[:, None, None] * (phi_q @ phi_k.mT).masked_fill(~past, 0)
+    similar = phi_q @ phi_k.mT
+    if decay is not None:
+        distance = (queries - keys).clamp(min=0)
+        similar = similar * (decay.to(q.dtype)[:, None, None] ** distance).repeat_interleave(heads // len(decay), 0)
+    weights = alpha.to(q.dtype)[:, None, None] * similar.masked_fill(~past, 0)
     if window == "none":
         return weights / (weights.sum(-1, keepdim=True) + NO_WINDOW_EPSILON)
     scores = window_scores(q @ repeated.mT, scale, softcap).masked_fill(~inside, float("-inf"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_scores
 from lolcats_kernels.hybrid_attention.spec import Maps, Spec
-from lolcats_kernels.hybrid_attention.state import HybridState
+from lolcats_kernels.hybrid_attention.state import HybridState, folded_tokens
 
 
 def decode_step(
@@ -30,6 +30,7 @@ def decode_step(
     key_heads, accumulate, position = k.shape[2], state.s.dtype, state.length
     q, k_new, v_new = q[:, 0].to(accumulate), k[:, 0], v[:, 0]
     everyone = torch.arange(batch, device=q.device)
+    decay = None if maps.decay is None else maps.decay.to(accumulate)
 
     def folded(rows: Tensor, k_out: Tensor, v_out: Tensor) -> tuple[Tensor, Tensor]:
         """S and z with tokens [b, n, Hk, D] of sequences `rows` added."""
@@ -38,7 +39,13 @@ def decode_step(
             k_out = k_out.repeat_interleave(heads // key_heads, 1)
         phi = apply_feature_map(k_out, maps.w_k, spec.feature_map, maps.b_k)
         values = values.repeat_interleave(phi.shape[1] // key_heads, 1)
-        return state.s.index_add(0, rows, phi.mT @ values), state.z.index_add(0, rows, phi.sum(-2))
+        s, z = state.s, state.z
+        if decay is not None:
+            span = phi.shape[2]
+            phi = phi * (decay[:, None] ** torch.arange(span, 0, -1, device=phi.device))[..., None]
+            gone = decay[:, None] ** span
+            s, z = (x.index_copy(0, rows, x[rows] * f) for x, f in ((s, gone[..., None]), (z, gone)))
+        return s.index_add(0, rows, phi.mT @ values), z.index_add(0, rows, phi.sum(-2))
 
     s, z, ring_k, ring_v = state.s, state.z, state.ring_k, state.ring_v
     inside = None
@@ -62,6 +69,9 @@ def decode_step(
 
     phi_q = apply_feature_map(q[:, :, None], maps.w_q, spec.feature_map, maps.b_q)[:, :, 0]
     grouped = phi_q.unflatten(1, (s.shape[1], -1))
+    if decay is not None:
+        age = position - folded_tokens(position + 1, spec.window, spec.window_size)
+        grouped = grouped * (decay ** age[:, None])[..., None, None]
     gamma, alpha = (x.to(accumulate)[:, None] for x in (maps.gamma, maps.linear_factor()))
     total = alpha * F.pad((grouped @ s).flatten(1, 2), (0, 1))
     total[..., -1:] = alpha * (grouped @ z[..., None]).flatten(1, 2)

@@ -26,6 +26,7 @@ class Maps:
     Attributes:
         w_q: [H, D, F]; `w_k`: [H or Hk, D, F]; `b_q`, `b_k`: [heads, F] or None.
         gamma: [H], weight of the window. `alpha`: [H], weight of the linear part, or None for 1.
+        decay: heads of `w_k`, in (0, 1): what a token's linear weight is multiplied by for each later one; None for 1.
     """
 
     w_q: Tensor
@@ -34,6 +35,7 @@ class Maps:
     alpha: Tensor | None = None
     b_q: Tensor | None = None
     b_k: Tensor | None = None
+    decay: Tensor | None = None
 
     def linear_factor(self) -> Tensor:
         """[H], alpha or ones."""
@@ -41,4 +43,5 @@ class Maps:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that are given."""
-        return tuple(x for x in (self.w_q, self.w_k, self.gamma, self.alpha, self.b_q, self.b_k) if x is not None)
+        given = (self.w_q, self.w_k, self.gamma, self.alpha, self.b_q, self.b_k, self.decay)
+        return tuple(x for x in given if x is not None)

@@ -18,6 +18,7 @@ class HybridState:
 
     Attributes:
         s: [B, Hs, E, D], sum of phi(k) v^T over folded tokens; float32 (float64 for float64 inputs). bf16 stagnates.
+            With a decay d, token j of f folded ones stands in it with the factor d^(f - j).
         z: [B, Hs, E], sum of phi(k) over the same tokens.
         ring_k, ring_v: [B, R, Hk, D], window tokens; the token at position p stands in slot p mod R.
         length: [B] int64, tokens seen by each sequence.

@@ -9,60 +9,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats_core.attention import HybridContext, Scores
+from lolcats_core import transfer
+from lolcats_core.attention import Scores
+from lolcats_core.branches import Branch, without_branch
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
 from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.feature_maps import FeatureMaps
 from lolcats_core.modeling import attention_layers
 from lolcats_core.training import Rows
-from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_weights, window_scores
+from lolcats_kernels.hybrid_attention import hybrid_weights, window_scores
 from lolcats_kernels.hybrid_attention.naive import window_mask
 
 # Queries per block of the quadratic weights.
 BLOCK = 128
-Branch = Literal["linear", "window"]
 
 
 @contextlib.contextmanager
 def branch_off(student: nn.Module, branch: Branch, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Inside the block, one branch of the linearized heads is off in `layers` (all by default).
-
-    Without the ``linear`` branch only the window is left. Without the ``window`` the linear branch sees every token up
-    to the query, as in pure linear attention.
-    """
-    changed = []
+    """`without_branch` in `layers` (all by default)."""
+    chosen = []
     for layer in attention_layers(student):
         maps = getattr(layer, "feature_maps", None)
         if maps is not None and (layers is None or layer.layer_idx in layers):
-            changed.append((maps, vars(maps).get("operands")))
-            # An attribute of the instance goes before the method of its class.
-            maps.operands = _without(maps.operands, branch)
-    try:
+            chosen.append(maps)
+    with without_branch(chosen, branch):
         yield
-    finally:
-        for maps, outer in changed:
-            if outer is None:
-                del maps.operands
-            else:
-                maps.operands = outer
-
-
-def _without(operands: Callable[[], Any], branch: Branch) -> Callable[[], Any]:
-    def changed() -> Any:
-        maps, options = operands()
-        if branch == "window":
-            return maps, {**options, "window": "none"}
-        return maps, {**options, "linear_factor": torch.zeros_like(maps[2])}
-
-    return changed
 
 
 @contextlib.contextmanager
@@ -231,30 +210,9 @@ def head_errors(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
     Returns:
         By layer, one value per linearized query head.
     """
-    errors, powers = _Means(), _Means()
-
-    def observe(
-        index: int,
-        maps: FeatureMaps,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y_true: Tensor,
-        scores: Scores,
-        context: HybridContext,
-    ) -> None:
-        operands, options = maps.operands()
-        options |= {"scale": scores.scale, "softcap": scores.softcap}
-        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options))
-        count = y.shape[0] * y.shape[1] * y.shape[3]
-        errors.add(index, (y.float() - y_true.float()).square().sum((0, 1, 3)), count)
-        powers.add(index, y_true.float().square().sum((0, 1, 3)), count)
-
-    device = model_device(student)
-    decoder = cast(Any, student).base_model
     with evaluating(student):
-        for row in range(min(max_rows, len(rows))):
-            ids = rows.batch([row])["input_ids"].to(device)
-            decoder(input_ids=ids, use_cache=False, hybrid=HybridContext(observer=observe))
-    error, power = errors.result(), powers.result()
-    return {x: [e / max(p, 1e-12) for e, p in zip(error[x], power[x], strict=True)] for x in error}
+        found = transfer.head_errors(student, rows, max_rows, batch_size=1)
+    return {
+        str(layer): [error / max(power, 1e-12) for error, power in zip(each["error"], each["power"], strict=True)]
+        for layer, each in found.items()
+    }

@@ -11,6 +11,7 @@ rounding.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lolcats_core import parallel
+from lolcats_core.attention import look_away
+from lolcats_core.branches import window_dropout
+from lolcats_core.calibration import calibrate_layer, calibration_rows
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps
@@ -35,7 +39,15 @@ from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
 from lolcats_core.streaming.sweep import StopForward, Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
 from lolcats_core.training import Rows, TrainResult, step_batches, total_steps, train
-from lolcats_core.transfer import LossObserver, check_cross_entropy, mean_losses
+from lolcats_core.transfer import (
+    Errors,
+    HeadErrors,
+    LossObserver,
+    check_cross_entropy,
+    errors_of,
+    mean_losses,
+    mean_values,
+)
 
 
 @dataclass(frozen=True)
@@ -194,19 +206,33 @@ class StreamedTransfer:
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
         rows = _HiddenRows(self.calibration, self.buffer, index, self.following)
 
-        def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
-            observer = LossObserver(len(self.maps), params, scale)
-
+        def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
             def observe(*arguments: Any) -> None:
                 observer(*arguments)
                 raise StopForward
 
             sweep.forward_layer(index, batch["hidden"], batch, observe)
+
+        def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
+            observer = LossObserver(len(self.maps), params, scale)
+            with window_dropout(maps, 0.0 if scale is None else params.window_dropout):
+                show(batch, observer)
             return observer.scalars()
 
         def held_out(indices: np.ndarray) -> dict[str, Tensor]:
             batch = rows.at(indices + len(self.calibration.train))
-            return losses({name: value.to(sweep.device) for name, value in batch.items()})
+            return {name: value.to(sweep.device) for name, value in batch.items()}
+
+        def held_out_errors(indices: np.ndarray) -> dict[str, Tensor]:
+            observer = HeadErrors()
+            show(held_out(indices), observer)
+            return observer.values
+
+        validation = self.calibration.validation
+        if maps.settings.feature_map_init == "calibrated":
+            first = rows.batch(calibration_rows(len(rows), params, self.seed))
+            on_device = {name: value.to(sweep.device) for name, value in first.items()}
+            show(on_device, functools.partial(calibrate_layer, seed=self.seed))
 
         own_scratch = self.scratch / f"layer_{index:03d}"
         result = train(
@@ -214,17 +240,18 @@ class StreamedTransfer:
             step=losses,
             rows=rows,
             params=params,
-            evaluate=lambda: mean_losses(held_out, self.calibration.validation, params.batch_size),
+            evaluate=lambda: mean_losses(lambda i: losses(held_out(i)), validation, params.batch_size),
             scratch=own_scratch,
             seed=self.seed,
             device=sweep.device,
             log=lambda metrics, step: self.log(_of_layers(metrics), step),
             label=f"attention transfer, layer {index} (of {len(sweep.layers)})",
         )
+        errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
         if parallel.is_main():
             tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
             with atomic_file(self._result(index)) as partial:
-                torch.save(vars(result), partial)
+                torch.save({"result": vars(result), "errors": errors}, partial)
             with atomic_file(self._file(index)) as partial:
                 save_file(tensors, partial)
             shutil.rmtree(own_scratch, ignore_errors=True)
@@ -232,7 +259,7 @@ class StreamedTransfer:
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""
-        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, _look_away))
+        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, look_away))
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.sweep.device
@@ -253,18 +280,16 @@ class StreamedTransfer:
             buffer.commit(target, block)
             parallel.barrier()
 
-    def collect(self) -> tuple[dict[str, Tensor], TrainResult]:
-        """Every layer's maps by their names in the model, and the run as the joint mode would tell it."""
+    def collect(self) -> tuple[dict[str, Tensor], TrainResult, Errors]:
+        """Every layer's maps by their names in the model, the run as the joint mode would tell it, and the errors."""
         tensors: dict[str, Tensor] = {}
-        results = []
+        results, errors = [], Errors()
         for index, maps in self.maps.items():
             tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
-            results.append(TrainResult(**torch.load(self._result(index), weights_only=True)))
-        return tensors, _merged(results)
-
-
-def _look_away(*_: Any) -> None:
-    """The observer of a pass that only needs the teacher's outputs."""
+            saved = torch.load(self._result(index), weights_only=True)
+            results.append(TrainResult(**saved["result"]))
+            errors |= saved["errors"]
+        return tensors, _merged(results), errors
 
 
 def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
@@ -310,7 +335,7 @@ def streamed_attention_transfer(
     on_disk: bool = True,
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     block_bytes: int = BLOCK,
-) -> tuple[dict[str, Tensor], TrainResult]:
+) -> tuple[dict[str, Tensor], TrainResult, Errors]:
     """Stage 1 with one layer of the teacher in memory at a time.
 
     Args:
@@ -321,7 +346,8 @@ def streamed_attention_transfer(
             again up to the layer that was being trained.
 
     Returns:
-        Every feature map by its name in the student, on the CPU, and what the run did.
+        Every feature map by its name in the student, on the CPU, what the run did, and what `head_errors` of the joint
+        mode measures.
 
     Raises:
         UserError: the model cannot be linearized, its files are damaged, nothing is to be trained, or the buffer does

@@ -58,7 +58,7 @@ def main(work: Path, dies_in: str = "") -> None:
     student = load_student(folder, config, SETTINGS, device=device, dtype=torch.float32)
     joint = attention_transfer(student, rows, validation, TRANSFER, scratch=work / "joint", log=log_of("joint"))
     transferred = {name: p.detach().clone() for name, p in named_map_parameters(student).items()}
-    maps, streamed = streamed_attention_transfer(
+    maps, streamed, _ = streamed_attention_transfer(
         folder,
         config,
         SETTINGS,

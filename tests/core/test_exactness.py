@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lolcats_core import LinearizeConfig
 from lolcats_core.modeling import FAMILIES, linearize
-from tests.core.tiny import MIXED, decode, padded, tiny_student, tiny_teacher, tokens
+from tests.core.tiny import BOUNDED, MIXED, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
+settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["mixed", "bounded"])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -18,26 +21,29 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @families
+@settings
 @torch.no_grad()
-def test_prefill_at_any_split_and_steps_give_the_full_pass(family: str) -> None:
-    model, ids = tiny_student(family), tokens(2, 41)
+def test_prefill_at_any_split_and_steps_give_the_full_pass(family: str, settings: LinearizeConfig) -> None:
+    model, ids = tiny_student(family, settings), tokens(2, 41)
     full = model(ids, use_cache=False).logits
     for split in (1, 7, 8, 9, 15, 16, 17, 23, 24, 40):
         close(decode(model, ids, split), full)
 
 
 @families
+@settings
 @torch.no_grad()
-def test_float32_gives_what_float64_gives(family: str) -> None:
-    ids = tokens(2, 41)
-    close(tiny_student(family)(ids).logits, tiny_student(family, dtype=torch.float64)(ids, use_cache=False).logits)
+def test_float32_gives_what_float64_gives(family: str, settings: LinearizeConfig) -> None:
+    ids, wide = tokens(2, 41), tiny_student(family, settings, dtype=torch.float64)
+    close(tiny_student(family, settings)(ids).logits, wide(ids, use_cache=False).logits)
 
 
 @families
+@settings
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padded_batches_equal_single_rows(family: str, side: str) -> None:
-    model, rows = tiny_student(family), [tokens(1, n, seed=n) for n in (41, 30, 9, 1)]
+def test_padded_batches_equal_single_rows(family: str, settings: LinearizeConfig, side: str) -> None:
+    model, rows = tiny_student(family, settings), [tokens(1, n, seed=n) for n in (41, 30, 9, 1)]
     ids, mask = padded(rows, side)
     batched = model(ids, attention_mask=mask, use_cache=False).logits
     for i, row in enumerate(rows):
@@ -45,9 +51,10 @@ def test_padded_batches_equal_single_rows(family: str, side: str) -> None:
 
 
 @families
+@settings
 @torch.no_grad()
-def test_left_padded_steps_equal_single_rows(family: str) -> None:
-    model, rows = tiny_student(family), [tokens(1, n, seed=n) for n in (41, 30, 12)]
+def test_left_padded_steps_equal_single_rows(family: str, settings: LinearizeConfig) -> None:
+    model, rows = tiny_student(family, settings), [tokens(1, n, seed=n) for n in (41, 30, 12)]
     ids, mask = padded(rows, "left")
     cache, parts = None, []
     for start, stop in ((0, 35), *((t, t + 1) for t in range(35, 41))):
@@ -60,18 +67,20 @@ def test_left_padded_steps_equal_single_rows(family: str) -> None:
 
 
 @families
+@settings
 @torch.no_grad()
-def test_packed_documents_equal_separate_documents(family: str) -> None:
-    model, documents = tiny_student(family), [tokens(2, n, seed=n) for n in (25, 1, 15)]
+def test_packed_documents_equal_separate_documents(family: str, settings: LinearizeConfig) -> None:
+    model, documents = tiny_student(family, settings), [tokens(2, n, seed=n) for n in (25, 1, 15)]
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents]).expand(2, -1)
     packed = model(torch.cat(documents, 1), position_ids=positions, use_cache=False).logits
     close(packed, torch.cat([model(ids, use_cache=False).logits for ids in documents], 1))
 
 
 @families
+@settings
 @torch.no_grad()
-def test_outputs_depend_neither_on_later_tokens_nor_on_their_number(family: str) -> None:
-    model, ids, other = tiny_student(family), tokens(2, 41), tokens(2, 41, seed=1)
+def test_outputs_depend_neither_on_later_tokens_nor_on_their_number(family: str, settings: LinearizeConfig) -> None:
+    model, ids, other = tiny_student(family, settings), tokens(2, 41), tokens(2, 41, seed=1)
     full = model(ids, use_cache=False).logits
     for stop in (1, 8, 9, 16, 17, 40):
         close(model(ids[:, :stop], use_cache=False).logits, full[:, :stop])
@@ -92,11 +101,10 @@ def test_inside_the_window_the_student_is_its_teacher_whatever_its_maps(family: 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("decay", [None, 0.9])
 @torch.no_grad()
-def test_every_window_and_kind_of_key_map_decodes_exactly(window: str, per: str) -> None:
-    settings = LinearizeConfig(
-        window=window, window_size=8, feature_dim=8, k_map_per=per, softmax_layers=(1,), softmax_heads={2: (0,)}
-    )
+def test_every_window_and_kind_of_key_map_decodes_exactly(window: str, per: str, decay: float | None) -> None:
+    settings = replace(MIXED, window=window, k_map_per=per, softmax_heads={2: (0,)}, linear_decay=decay)
     model, rows = tiny_student(settings=settings), [tokens(1, n, seed=n) for n in (41, 20)]
     full = model(rows[0], use_cache=False).logits
     close(decode(model, rows[0], 19), full)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core import segments
+from lolcats_core import losses, segments
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora, low_rank_finetune, next_token_loss
+from lolcats_core.losses import output_logits
 from lolcats_core.modeling import FAMILIES
 from lolcats_core.params import FinetuneParams
-from lolcats_core.segments import output_logits, segmented_loss
+from lolcats_core.segments import segmented_loss
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_student
 
 
@@ -38,7 +39,7 @@ def test_sliced_logits_give_the_same_loss_and_gradients(monkeypatch: pytest.Monk
     loss = next_token_loss(model, batch)
     loss.backward()
     expected = gradients(model)
-    monkeypatch.setattr(segments, "MAX_FLOAT_LOGITS", 97 * 3 * 7)
+    monkeypatch.setattr(losses, "MAX_FLOAT_LOGITS", 97 * 3 * 7)
     sliced = next_token_loss(model, batch)
     sliced.backward()
     torch.testing.assert_close(sliced, loss)

@@ -15,8 +15,9 @@ from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora, low_rank_finetune, next_token_loss
 from lolcats_core.modeling import linearize, named_map_parameters
-from lolcats_core.params import FinetuneParams, TrainingParams, TransferParams
+from lolcats_core.params import FinetuneParams, TransferParams
 from lolcats_core.training import CHECKPOINT, learning_rate_scale, step_batches, total_steps, train
+from lolcats_core.training_params import TrainingParams
 from lolcats_core.transfer import attention_transfer, evaluate_transfer, transfer_losses
 from tests.core.tiny import FakeRows, tiny_teacher
 

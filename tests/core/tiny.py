@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ VOCAB = 97
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
 # One layer of each kind: linearized, softmax, and both in one.
 MIXED = LinearizeConfig(window_size=8, feature_dim=8, softmax_layers=(1,), softmax_heads={2: (1,)})
+# The same with a state of constant size.
+BOUNDED = dataclasses.replace(MIXED, softmax_window=10, softmax_sinks=3)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

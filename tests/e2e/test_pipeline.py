@@ -118,7 +118,7 @@ def test_the_table_and_the_report_show_the_same_run(project: Path) -> None:
         "created": True,
         "uri": "models:/lolcats-e2e/1",
     }
-    assert [stage["state"] for stage in report["stages"].values()] == ["ran"] * 7
+    assert [stage["state"] for stage in report["stages"].values()] == ["ran"] * 8
     gates = report["gates"]
     assert ("challenger" in gates["aliases"]) == gates["passed"]
     assert not any(name in gates["reasons"] for name in ("loads", "recurrent", "left_padding"))
@@ -133,7 +133,7 @@ def test_a_second_run_reuses_everything_and_registers_nothing_new(project: Path)
     assert states.pop("inputs") == "ran"  # it hashes what lies outside the project
     assert set(states.values()) == {"unchanged"}
     assert (report["registered"]["version"], report["registered"]["created"]) == ("1", False)
-    assert table.count("reused") >= 6
+    assert table.count("reused") >= 7
 
 
 def test_both_exported_forms_of_the_run_write_what_its_model_writes(project: Path, tmp_path: Path) -> None:

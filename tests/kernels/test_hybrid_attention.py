@@ -35,6 +35,7 @@ def make(
     features: int = 6,
     bias: bool = False,
     affine: bool = False,
+    decay: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
@@ -55,6 +56,8 @@ def make(
         gamma,
     )
     options: dict[str, Any] = {"linear_factor": 1 - gamma if affine else None}
+    if decay:
+        options["decay"] = torch.sigmoid(draw(map_heads) + 1)
     if bias:
         options |= {"b_q": draw(heads, features), "b_k": draw(map_heads, features)}
     return tensors, options
@@ -104,6 +107,7 @@ def test_three_forms_agree(
         map_heads=key_heads if per_key_head else heads,
         bias=tokens % 2 == 0,
         affine=tokens % 3 == 0,
+        decay=tokens % 4 in (1, 2),
     )
     options |= {"window": window, "window_size": window_size, "feature_map": feature_map}
     expected = hybrid_attention(*tensors, **options, backend="naive")
@@ -123,7 +127,7 @@ def test_three_forms_agree(
 def test_any_split_into_prefills_and_steps_is_the_full_pass(
     window: str, cuts: list[int], tokens: int, seed: int
 ) -> None:
-    tensors, options = make(tokens, seed=seed)
+    tensors, options = make(tokens, seed=seed, decay=seed % 2 == 1)
     options |= {"window": window, "window_size": 8}
     expected = hybrid_attention_naive(*tensors, **options)
     edges = sorted({0, tokens, *(c for c in cuts if c < tokens)})
@@ -135,8 +139,9 @@ def test_any_split_into_prefills_and_steps_is_the_full_pass(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_decoding_from_an_empty_state_is_the_full_pass(window: str) -> None:
-    tensors, options = make(35)
+@pytest.mark.parametrize("decay", [False, True])
+def test_decoding_from_an_empty_state_is_the_full_pass(window: str, decay: bool) -> None:
+    tensors, options = make(35, decay=decay)
     options |= {"window": window, "window_size": 8}
     state = empty_state(2, 4, 12, 2, 8, 8, window=window, window_size=8, dtype=torch.float64, device="cpu")
     parts = []
@@ -147,8 +152,9 @@ def test_decoding_from_an_empty_state_is_the_full_pass(window: str) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_sequences_of_one_batch_may_have_different_lengths_and_positions(window: str) -> None:
-    tensors, options = make(40, batch=3)
+@pytest.mark.parametrize("decay", [False, True])
+def test_sequences_of_one_batch_may_have_different_lengths_and_positions(window: str, decay: bool) -> None:
+    tensors, options = make(40, batch=3, decay=decay)
     options |= {"window": window, "window_size": 8}
     lengths = torch.tensor([5, 21, 32])
     y, state = hybrid_attention(*rows(tensors, 0, 32), **options, lengths=lengths, return_state=True)
@@ -168,8 +174,9 @@ def test_sequences_of_one_batch_may_have_different_lengths_and_positions(window:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_packed_documents_are_separate_documents(window: str) -> None:
-    tensors, options = make(60, batch=1)
+@pytest.mark.parametrize("decay", [False, True])
+def test_packed_documents_are_separate_documents(window: str, decay: bool) -> None:
+    tensors, options = make(60, batch=1, decay=decay)
     options |= {"window": window, "window_size": 8}
     edges = [0, 1, 20, 27, 60]
     packed, state = hybrid_attention(*tensors, **options, cu_seqlens=torch.tensor(edges), return_state=True)
@@ -180,8 +187,9 @@ def test_packed_documents_are_separate_documents(window: str) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_outputs_do_not_depend_on_later_tokens_or_their_number(window: str) -> None:
-    tensors, options = make(50)
+@pytest.mark.parametrize("decay", [False, True])
+def test_outputs_do_not_depend_on_later_tokens_or_their_number(window: str, decay: bool) -> None:
+    tensors, options = make(50, decay=decay)
     options |= {"window": window, "window_size": 8}
     whole = hybrid_attention(*tensors, **options)
     for stop in (1, 3, 8, 9, 17, 33, 49):
@@ -199,13 +207,16 @@ def test_inside_the_window_the_student_is_softmax_whatever_its_maps(window: str,
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_gradients_equal_those_of_the_quadratic_form(window: str, feature_map: str) -> None:
-    tensors, options = make(29, heads=4, key_heads=2, bias=True)
+    tensors, options = make(29, heads=4, key_heads=2, bias=True, decay=feature_map in MAPS[::2])
     options |= {"window": window, "window_size": 8, "feature_map": feature_map}
     target = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = []
     for backend in ("chunked", "naive"):
         leaves = [x.clone().requires_grad_() for x in tensors]
-        y = hybrid_attention(*leaves, **options, backend=backend)
+        if "decay" in options:
+            options["decay"] = options["decay"].detach().clone().requires_grad_()
+            leaves.append(options["decay"])
+        y = hybrid_attention(*leaves[:6], **options, backend=backend)
         (y * target).sum().backward()
         gradients.append([x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves])
     for actual, expected in zip(*gradients, strict=True):
@@ -229,6 +240,17 @@ def test_maps_get_no_gradient_while_nothing_is_outside_the_window(tokens: int) -
     hybrid_attention(*tensors[:3], w_q, *tensors[4:], **options, window_size=8).sum().backward()
     assert w_q.grad is not None
     assert not w_q.grad.any()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_decay_of_one_is_none_and_of_zero_leaves_the_window_alone(window: str) -> None:
+    tensors, options = make(41)
+    options |= {"window": window, "window_size": 8}
+    ones = torch.ones(4, dtype=torch.float64)
+    close(hybrid_attention(*tensors, **options, decay=ones), hybrid_attention(*tensors, **options))
+    if window != "none":
+        alone = hybrid_attention(*tensors, **options | {"linear_factor": 0 * ones})
+        close(hybrid_attention(*tensors, **options, decay=1e-9 * ones), alone, 1e-6)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -269,6 +291,7 @@ def test_weights_sum_to_one_and_by_block_equal_the_whole() -> None:
         ({"k": torch.ones(2, 5, 2, 8)}, "q must be"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "B = 1"),
         ({"lengths": torch.tensor([9])}, "`lengths` must be"),
+        ({"decay": torch.ones(2)}, r"`decay` must be \[4\], one for each map of w_k, got \(2,\)"),
         ({"backend": "naive", "return_state": True}, "whole sequences only"),
     ],
 )

@@ -12,6 +12,7 @@ NEUTRAL = {
     "lolcats_core/params.py",
     "lolcats_core/progress.py",
     "lolcats_core/runtime.py",
+    "lolcats_core/training_params.py",
     "tasks/evaluation_figures.py",
     "tasks/figures.py",
     "tasks/logs.py",

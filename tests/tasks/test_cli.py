@@ -51,6 +51,7 @@ def test_help_comes_without_loading_torch() -> None:
         "export",
         "compare",
         "ablate",
+        "frontier",
         "doctor",
         "promote",
         "rollback",

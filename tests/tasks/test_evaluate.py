@@ -17,6 +17,7 @@ from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
+from lolcats_core.files import write_json
 from lolcats_core.params import ComputeParams, EvaluateParams, Params
 from tasks import evaluate, measurements, report_html, streamed_models
 from tasks.streamed_models import StreamedModels
@@ -82,8 +83,9 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows = torch.tensor(ids[first : first + LENGTH * 60]).unfold(0, LENGTH, LENGTH)
             writer.append(input_ids=rows.numpy())
     student = linearize(teacher, PARAMS.linearize, seed=5)
-    (root / "transfer").mkdir()
-    save_feature_maps(student, root / "transfer" / "feature_maps.safetensors")
+    (root / "select").mkdir()
+    save_feature_maps(student, root / "select" / "feature_maps.safetensors")
+    write_json(root / "select" / "selection.json", {"linearize": PARAMS.linearize.to_dict()})
     student.save_pretrained(root / "finetune" / "model")
     teacher.save_pretrained(root / "teacher" / "model")
     return root
@@ -117,7 +119,7 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
     teacher = AutoModelForCausalLM.from_pretrained(outputs / "teacher" / "model").eval()
     student = linearize(teacher, PARAMS.linearize, seed=PARAMS.seed)
     assert result["perplexity"]["swapped"] == perplexity(student, rows, batch_size=4, max_rows=5).perplexity
-    load_feature_maps(student, outputs / "transfer" / "feature_maps.safetensors")
+    load_feature_maps(student, outputs / "select" / "feature_maps.safetensors")
     assert result["perplexity"]["transferred"] == perplexity(student, rows, batch_size=4, max_rows=5).perplexity
     # The student as saved is the transferred one.
     assert result["perplexity"]["finetuned"] == pytest.approx(result["perplexity"]["transferred"], rel=1e-5)
@@ -147,6 +149,9 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
     assert [len(result["positions"][step]["ranges"]) for step in ("teacher", "finetuned")] == [5, 5]
     assert result["positions"]["teacher"]["length"] == 4 * LENGTH
     assert result["generation"]["prompts"] == 2
+    state = result["state"]
+    assert metrics["state_over_published"] == (state["linear"] + state["exact"]) / state["published"]
+    assert metrics["state_per_token_bytes"] == state["per_token"] == 0
     audit = result["audit"]
     assert {len(audit[name]) for name in ("layers", "entropy", "head_errors", "linear_mass")} == {2}
     assert audit["whole"] != audit["linear_off"]
@@ -242,7 +247,7 @@ def test_bfloat16_is_measured_too(outputs: Path, tmp_path: Path) -> None:
 def test_a_missing_student_is_named(outputs: Path, tmp_path: Path) -> None:
     root = tmp_path / "outputs"
     root.mkdir()
-    for name in ("teacher", "prepare", "transfer"):
+    for name in ("teacher", "prepare", "select"):
         (root / name).symlink_to(outputs / name)
     (root / "finetune").mkdir()
     with pytest.raises(UserError, match=r"finetune/model: does not load .*run stage `finetune` again"):

@@ -39,6 +39,13 @@ TASK: dict[str, Any] = {
         "chance_corrected_interval": [0.2, 0.8],
     },
 }
+SELECTION = {
+    "criterion": "transfer_error",
+    "softmax_budget": {"layers": 1},
+    "cache_ratio": 0.5,
+    "candidates": [{"layer": i, "group": None, "score": 0.5 + i, "kept": (None, 0)[i]} for i in range(2)],
+    "linearize": {},
+}
 CELLS = [{"length": 128, "depth": 0.5, "value": 0.5, "stderr": 0.1}]
 RANGES = {"rows": 1, "length": 128, "ranges": [{"start": 0, "stop": 64, "loss": 2.0, "stderr": 0.1, "tokens": 63}]}
 EVALUATION: dict[str, Any] = {
@@ -67,6 +74,7 @@ EVALUATION: dict[str, Any] = {
         "prompt_tokens": 16,
         "new_tokens": 8,
     },
+    "state": {"linear": 5000, "exact": 1000, "per_token": 0, "published": 8000, "teacher_per_token": 64},
     "audit": {
         "whole": 10.0,
         "linear_off": 10.1,
@@ -123,6 +131,7 @@ def make(root: Path, evaluation: dict[str, Any]) -> ReportStage:
     write_json(root / "evaluate" / "evaluation.json", evaluation)
     write_json(root / "evaluate" / "speed.json", {s: {"cache_bytes": 777.0} for s in ("teacher", "finetuned")})
     write_json(root / "teacher" / "teacher.json", {"source": "builtin", "revision": None})
+    write_json(root / "select" / "selection.json", SELECTION)
     for name in ("transfer", "finetune"):
         (root / name / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in HISTORY))
     return ReportStage(root, root / "work", PARAMS)
@@ -142,7 +151,7 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
     page = read(stage.out / "report.html")
     assert metrics["bytes"] == len((stage.out / "report.html").read_bytes())
     assert stage.texts["report.html"] == (stage.out / "report.html").read_text(encoding="utf-8")
-    assert page.tags.count("img") == 11
+    assert page.tags.count("img") == 12
     assert all(address.startswith("data:") for address in page.addresses)
     assert "script" not in page.tags
     assert "url(" not in (stage.out / "report.html").read_text(encoding="utf-8")
@@ -156,8 +165,11 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
         "k",
         "0.25",
         "leans on its window",
+        "0.75x the published recipe's",
     ):
         assert said in page.text, said
+    assert "Copying over 1024 tokens: 0.500 of a string right, the teacher 0.500." in page.text
+    assert "Without its linear branch, the student's perplexity is 1.01 times as high." in page.text
     assert page.text.index("gap 64") < page.text.index("gap 1024")
     assert re.search(r"after low-rank finetuning\s+10\s+1.25x", page.text)
 
@@ -168,6 +180,7 @@ def test_a_run_that_measured_little_still_has_a_report(tmp_path: Path) -> None:
     stage = make(tmp_path, evaluation)
     for name in ("transfer", "finetune"):
         (tmp_path / name / "history.jsonl").write_text("")
+    write_json(tmp_path / "select" / "selection.json", {**SELECTION, "candidates": []})
     report.run(stage)  # type: ignore[arg-type]
     assert read(stage.out / "report.html").tags.count("img") == 1
 

@@ -33,6 +33,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def unsupported(q: Tensor, v: Tensor, maps: Maps, spec: Spec) -> str | None:
     """The constraint that keeps a call from the fused kernels, or None."""
+    if maps.decay is not None:
+        return "a decay of the linear weights is computed by the chunked form alone"
     columns = maps.w_q.shape[-1]
     size = spec.window_size
     if q.dtype not in DTYPES:

@@ -21,7 +21,7 @@ from lolcats_core.params import TransferParams
 from lolcats_core.streaming import buffer as buffers
 from lolcats_core.streaming.buffer import DATA, HiddenBuffer
 from lolcats_core.streaming.transfer import streamed_attention_transfer
-from lolcats_core.transfer import attention_transfer
+from lolcats_core.transfer import attention_transfer, head_errors
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_teacher
 
 CPU = torch.device("cpu")
@@ -50,7 +50,13 @@ def streamed(folder: Path, scratch: Path, settings: LinearizeConfig = SETTINGS, 
 
 @pytest.mark.parametrize(
     ("family", "settings", "documents"),
-    [("llama", SETTINGS, False), ("llama", MIXED, True), ("gemma3_text", SETTINGS, False), ("gpt_neox", MIXED, False)],
+    [
+        ("llama", SETTINGS, False),
+        ("llama", MIXED, True),
+        ("llama", dataclasses.replace(MIXED, feature_map_init="calibrated"), True),
+        ("gemma3_text", SETTINGS, False),
+        ("gpt_neox", MIXED, False),
+    ],
 )
 def test_the_maps_are_those_of_the_joint_mode(
     tmp_path: Path, family: str, settings: LinearizeConfig, documents: bool
@@ -60,13 +66,17 @@ def test_the_maps_are_those_of_the_joint_mode(
     student = linearize(teacher, settings)
     rows, validation = FakeRows(24, documents=documents), FakeRows(8, seed=1, documents=documents)
     joint = attention_transfer(student, rows, validation, EQUAL, scratch=tmp_path / "joint")
-    maps, result = streamed(tmp_path / "teacher", tmp_path / "streamed", settings, rows=rows)
+    maps, result, errors = streamed(tmp_path / "teacher", tmp_path / "streamed", settings, rows=rows)
     expected = named_map_parameters(student)
     assert maps.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(maps[name], value, rtol=1e-4, atol=1e-5)
     assert (result.steps, result.tokens, result.best_step) == (joint.steps, joint.tokens, joint.best_step)
     assert result.best_loss == pytest.approx(joint.best_loss, rel=1e-5)
+    measured = head_errors(student, validation, 8, batch_size=4)
+    assert errors.keys() == measured.keys()
+    for layer, each in measured.items():
+        assert errors[layer] == {name: pytest.approx(values, rel=1e-3) for name, values in each.items()}
     for mine, theirs in zip(result.history, joint.history, strict=True):
         for name in (n for n in theirs if "loss" in n or "layer_" in n):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
@@ -78,7 +88,7 @@ def test_with_the_published_clipping_and_schedule_the_loss_is_close_to_the_joint
     params = TransferParams(batch_size=4, epochs=4, eval_every=4, checkpoint_every=99, max_eval_rows=8)
     student = linearize(teacher, SETTINGS)
     joint = attention_transfer(student, FakeRows(24), FakeRows(8, seed=1), params, scratch=tmp_path / "joint")
-    _, result = streamed(tmp_path / "teacher", tmp_path / "streamed", params=params)
+    _, result, _ = streamed(tmp_path / "teacher", tmp_path / "streamed", params=params)
     before = joint.history[0]["validation_loss"]
     assert (before - result.best_loss) == pytest.approx(before - joint.best_loss, rel=0.1)
 
@@ -113,7 +123,7 @@ def test_killed_in_any_write_of_the_buffer_it_ends_in_the_same_bytes(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
 ) -> None:
     options = {"rows": FakeRows(8), "params": dataclasses.replace(EQUAL, epochs=1, max_eval_rows=4)}
-    expected, _ = streamed(teacher_folder, tmp_path / "whole", **options)
+    expected, _, _ = streamed(teacher_folder, tmp_path / "whole", **options)
     writes = 3 * 3  # the embedding's and two layers' outputs of 12 rows by four
     for count in range(1, writes + 1, 1 if on_disk else 4):
         scratch = tmp_path / str(count)
@@ -121,7 +131,7 @@ def test_killed_in_any_write_of_the_buffer_it_ends_in_the_same_bytes(
             fail_at(patch, count)
             with pytest.raises(Killed):
                 streamed(teacher_folder, scratch, on_disk=on_disk, **options)
-        actual, _ = streamed(teacher_folder, scratch, on_disk=on_disk, **options)
+        actual, _, _ = streamed(teacher_folder, scratch, on_disk=on_disk, **options)
         assert all(torch.equal(actual[name], expected[name]) for name in expected), count
 
 
@@ -149,8 +159,8 @@ def test_a_process_killed_while_it_overwrites_the_buffer_continues_to_the_same_b
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert json.loads((tmp_path / "hidden.json").read_text())["layer"] == 1
-    actual, _ = streamed(teacher_folder, tmp_path)
-    expected, _ = streamed(teacher_folder, tmp_path / "whole")
+    actual, _, _ = streamed(teacher_folder, tmp_path)
+    expected, _, _ = streamed(teacher_folder, tmp_path / "whole")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -158,7 +168,7 @@ def test_a_process_killed_while_it_overwrites_the_buffer_continues_to_the_same_b
 def test_killed_between_the_rows_and_the_counter_it_ends_in_the_same_bytes(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    expected, _ = streamed(teacher_folder, tmp_path / "whole")
+    expected, _, _ = streamed(teacher_folder, tmp_path / "whole")
     seen = {"commits": 0}
     real = buffers._write
 
@@ -172,7 +182,7 @@ def test_killed_between_the_rows_and_the_counter_it_ends_in_the_same_bytes(
         patch.setattr(buffers, "_write", counter)
         with pytest.raises(Killed):
             streamed(teacher_folder, tmp_path / "killed")
-    actual, _ = streamed(teacher_folder, tmp_path / "killed")
+    actual, _, _ = streamed(teacher_folder, tmp_path / "killed")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -181,7 +191,7 @@ def test_killed_between_the_rows_and_the_counter_it_ends_in_the_same_bytes(
 def test_killed_in_the_training_of_any_layer_it_ends_in_the_same_bytes(
     teacher_folder: Path, tmp_path: Path, layer: int, step: int
 ) -> None:
-    expected, undisturbed = streamed(teacher_folder, tmp_path / "whole")
+    expected, undisturbed, _ = streamed(teacher_folder, tmp_path / "whole")
 
     def log(metrics: dict[str, float], at: int) -> None:
         if at == step and f"train_layer_{layer:03d}" in metrics:
@@ -189,7 +199,7 @@ def test_killed_in_the_training_of_any_layer_it_ends_in_the_same_bytes(
 
     with pytest.raises(Killed):
         streamed(teacher_folder, tmp_path / "killed", log=log)
-    actual, result = streamed(teacher_folder, tmp_path / "killed")
+    actual, result, _ = streamed(teacher_folder, tmp_path / "killed")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert [e.get("train_loss") for e in result.history] == [e.get("train_loss") for e in undisturbed.history]
 
@@ -220,7 +230,7 @@ def test_no_more_than_one_layer_ever_has_weights(
 def test_a_buffer_from_before_the_machine_restarted_is_not_trusted(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, _ = streamed(teacher_folder, tmp_path / "whole")
+    expected, _, _ = streamed(teacher_folder, tmp_path / "whole")
     with monkeypatch.context() as patch:
         fail_at(patch, 20)
         with pytest.raises(Killed):
@@ -228,7 +238,7 @@ def test_a_buffer_from_before_the_machine_restarted_is_not_trusted(
     with (tmp_path / "killed" / DATA).open("r+b") as file:  # what never reached the disk
         file.write(bytes(10_000))
     monkeypatch.setattr(buffers, "_boot_id", lambda: "another")
-    actual, _ = streamed(teacher_folder, tmp_path / "killed")
+    actual, _, _ = streamed(teacher_folder, tmp_path / "killed")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 

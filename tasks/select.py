@@ -1,0 +1,60 @@
+"""Stage `select`: what keeps softmax attention, within the budget, by what stage 1 measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoConfig
+
+from lolcats_core import linearize, load_feature_maps
+from lolcats_core.config import LinearizeConfig
+from lolcats_core.evaluation.forward import rows_per_forward
+from lolcats_core.files import write_json
+from lolcats_core.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.runtime import resolve_dtype
+from lolcats_core.selection import NEEDS_MODEL, Divergence, select, student_divergence
+from lolcats_core.teacher import load_teacher, locate, read_pin
+from tasks.figures import selection_figure
+from tasks.stage import Stage, main
+from tasks.training_outputs import MAPS, open_rows
+
+
+def run(stage: Stage) -> Mapping[str, float]:
+    """Write selection.json, its plot, and feature_maps.safetensors of what stays linear."""
+    params, settings = stage.params.select, stage.params.linearize
+    pin = read_pin(stage.input("teacher"))
+    config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
+    saved = json.loads((stage.input("transfer") / "errors.json").read_text(encoding="utf-8"))
+    errors = {int(layer): each for layer, each in saved.items()}
+    needed = params.softmax_budget is not None and params.criterion in NEEDS_MODEL
+    divergence = _divergence(stage, settings) if needed else None
+    selection = select(params, settings, config, errors, seed=stage.params.seed, divergence=divergence)
+
+    maps = read_feature_maps(stage.input("transfer") / MAPS, settings.to_dict())
+    with torch.device("meta"):
+        made, kept = (empty_student(config, each) for each in (settings, selection.settings))
+    write_feature_maps(restrict_maps(maps, made, kept), selection.settings, stage.out / MAPS)
+    found = selection.to_dict(params)
+    write_json(stage.out / "selection.json", found)
+    if selection.scores:
+        figure = selection_figure(found)
+        stage.log_figure("selection.png", figure)
+        figure.savefig(stage.out / "selection.png", metadata={"Software": None})
+    return {"cache_ratio": selection.cache_ratio, "kept": float(len(selection.kept))}
+
+
+def _divergence(stage: Stage, settings: LinearizeConfig) -> Divergence:
+    device, dtype = stage.device(), resolve_dtype(stage.params.compute.precision)
+    _, rows = open_rows(stage)
+    teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+    student = linearize(teacher, settings)
+    load_feature_maps(student, stage.input("transfer") / MAPS)
+    count = stage.params.select.rows
+    batch_size = rows_per_forward(count, rows.sequence_length, teacher.config.vocab_size)
+    return student_divergence(teacher, student, rows, count, batch_size)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,118 @@
+"""The recipe benchmark: its shipped file, one run on a tiny teacher by two processes' worth of seeds, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import recipes as benchmark
+from lolcats_core.data.rows import TokenRowsWriter
+from lolcats_core.errors import UserError
+from lolcats_core.params import FinetuneParams, LinearizeConfig, TransferParams
+from lolcats_core.selection import budget_count, candidates
+from tests.core.tiny import VOCAB, tiny_teacher, tokens
+
+SHIPPED = Path(benchmark.__file__).with_suffix(".yaml")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory as `--from` takes it, and tiny.yaml beside it."""
+    tiny_teacher().save_pretrained(tmp_path / "from" / "teacher")
+    for name, rows in (("train", 12), ("validation", 6)):
+        with TokenRowsWriter(tmp_path / "from" / name, sequence_length=40, vocab_size=VOCAB) as writer:
+            writer.append(input_ids=tokens(rows, 40, seed=rows).numpy())
+    training = {"max_steps": 2, "batch_size": 4, "max_eval_rows": 2}
+    values = {
+        "defaults": {"linearize": {"window_size": 8, "feature_dim": 8}, "transfer": training, "finetune": training},
+        "measures": {"perplexity_rows": 4, "recall_gaps": [8], "recall_samples": 2, "generation_tokens": 4},
+        "recipes": {"published": None, "kept": {"select": {"softmax_budget": {"layers": 1}}}},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def call(folder: Path, *arguments: str) -> None:
+    paths = ["--from", str(folder / "from"), "--recipes", str(folder / "tiny.yaml"), "--out", str(folder / "out.json")]
+    benchmark.main([*paths, "--device", "cpu", *arguments])
+
+
+def test_runs_with_other_seeds_fill_one_table_and_finished_rows_are_not_trained_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(folder, "--seeds", "0")
+    call(folder, "--seeds", "1", "--only", "pub")
+    call(folder, "--seeds", "1", "--only", "kept")
+    capsys.readouterr()
+    monkeypatch.setattr(benchmark, "run", lambda *_: pytest.fail("trained again"))
+    call(folder, "--seeds", "0", "1", "--table")
+    table = capsys.readouterr().out
+    assert "| published | 2 |" in table
+    assert "| kept | 2 |" in table
+    assert " ± " in table
+    results = json.loads((folder / "out.json").read_text())
+    assert {(row["recipe"], row["seed"]) for row in results["rows"]} >= {("kept", 0), ("kept", 1)}
+    assert results["teacher"]["parameters"] == sum(p.numel() for p in tiny_teacher().parameters())
+    kept = next(row for row in results["rows"] if row["recipe"] == "kept")
+    assert kept["finetuned"]["state"]["per_token"] == 2 * 2 * 8 * 4  # one layer's k and v in float32
+
+
+def test_the_shipped_recipes_fit_a_teacher_of_twelve_layers_and_the_token_budget() -> None:
+    config = tiny_teacher(num_hidden_layers=12, num_attention_heads=6, hidden_size=48).config
+    found, measures = benchmark.read_recipes(SHIPPED)
+    rows: Any = type("Rows", (), {"sequence_length": 1024, "__len__": lambda self: 20_000})()
+    counts = {}
+    for recipe in found:
+        assert recipe.tokens(rows) <= benchmark.TOKEN_LIMIT
+        chosen = recipe.params.select
+        counts[recipe.name] = budget_count(chosen, recipe.params.linearize, config)
+        if chosen.softmax_budget and "cache_ratio" in chosen.softmax_budget:
+            assert counts[recipe.name] / len(candidates(chosen, config)) <= chosen.softmax_budget["cache_ratio"]
+    published = next(recipe for recipe in found if recipe.name == "published")
+    assert published.params.linearize == LinearizeConfig()
+    same = ("lr", "weight_decay", "schedule", "batch_size", "max_grad_norm")
+    for stage, default in (
+        (published.params.transfer, TransferParams()),
+        (published.params.finetune, FinetuneParams()),
+    ):
+        assert all(getattr(stage, name) == getattr(default, name) for name in same)
+    assert counts["published"] == 0
+    assert set(counts.values()) >= {1, 2, 3, 6}
+    assert set(measures) <= set(vars(benchmark.Measures()))
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"recipes": None}, (), "must hold `recipes`"),
+        ({"recipe": {}}, (), "must hold `recipes`"),
+        ({"measures": {"gaps": [8]}}, (), "measures are .*, got 'gaps'"),
+        ({}, ("--only", "none"), "no recipe is called none; there are kept, published"),
+        ({"recipes": {"long": {"transfer": {"max_steps": 100_000, "epochs": 10**6}}}}, (), "above the 10000000 of all"),
+    ],
+)
+def test_a_wrong_file_is_one_line(folder: Path, change: dict[str, Any], arguments: Any, message: str) -> None:
+    values = yaml.safe_load((folder / "tiny.yaml").read_text()) | change
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=message):
+        call(folder, *arguments)
+
+
+def test_a_directory_without_a_teacher_is_one_line(folder: Path) -> None:
+    (folder / "from" / "teacher" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no teacher/config\.json"):
+        call(folder)
+
+
+def test_a_diverged_seed_leaves_a_gap_and_no_wrong_mean(folder: Path) -> None:
+    call(folder, "--only", "published")
+    results = json.loads((folder / "out.json").read_text())
+    results["rows"].append(json.loads(json.dumps(results["rows"][0])))
+    results["rows"][1]["finetuned"]["perplexity"] = None
+    line = next(line for line in benchmark.markdown(results).splitlines() if line.startswith("| published"))
+    before, after = (cell.strip() for cell in line.split("|")[3:5])
+    assert (after, " ± " in before) == ("-", True)

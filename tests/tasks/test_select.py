@@ -1,0 +1,92 @@
+"""The stage `select`: what it leaves to the stages behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
+from lolcats_core.data.rows import TokenRows, TokenRowsWriter
+from lolcats_core.errors import UserError
+from lolcats_core.files import write_json
+from lolcats_core.modeling import feature_maps
+from lolcats_core.params import SelectParams
+from lolcats_core.transfer import head_errors
+from tasks import select
+from tasks.training_outputs import selected
+from tests.core.tiny import byte_teacher
+from tests.tasks.test_evaluate import PARAMS, FakeStage
+
+SETTINGS = LinearizeConfig(window_size=16, feature_dim=8)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A teacher of two layers with two kv groups each, after stage 1."""
+    root, teacher = tmp_path / "outputs", byte_teacher()
+    teacher.save_pretrained(root / "teacher")
+    for name in ("train", "validation"):
+        with TokenRowsWriter(root / "prepare" / name, sequence_length=64, vocab_size=257) as writer:
+            writer.append(input_ids=torch.randint(1, 257, (4, 64), generator=torch.Generator().manual_seed(0)).numpy())
+    student = linearize(teacher, SETTINGS, seed=5)
+    save_feature_maps(student, root / "transfer" / "feature_maps.safetensors")
+    errors = head_errors(student, TokenRows.open(root / "prepare" / "validation"), 4, 4)
+    write_json(root / "transfer" / "errors.json", errors)
+    monkeypatch.setattr(select, "read_pin", lambda folder: _Pin)
+    monkeypatch.setattr(select, "locate", lambda pin, root: tmp_path / "outputs" / "teacher")
+    monkeypatch.setattr(select, "load_teacher", lambda folder, **_: byte_teacher())
+    made = FakeStage(root, tmp_path, PARAMS)
+    made.device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
+    return made
+
+
+class _Pin:
+    trust_remote_code = False
+
+
+def after(stage: Any) -> Any:
+    """What a later stage sees."""
+    (stage.root / "select").symlink_to(stage.out)
+    return selected(stage)
+
+
+def test_without_a_budget_the_maps_and_settings_are_those_of_stage_1(stage: Any) -> None:
+    assert select.run(stage) == {"cache_ratio": 0.0, "kept": 0.0}
+    settings, maps = after(stage)
+    assert settings == SETTINGS
+    assert maps.read_bytes() == (stage.root / "transfer" / "feature_maps.safetensors").read_bytes()
+    found = json.loads((stage.out / "selection.json").read_text())
+    assert (found["criterion"], found["softmax_budget"]) == (None, None)
+    assert [entry["kept"] for entry in found["candidates"]] == [None] * 4
+    assert (stage.out / "selection.png").is_file()
+
+
+@pytest.mark.parametrize("criterion", ["transfer_error", "greedy_kl", "even"])
+def test_a_later_stage_gets_a_student_that_fits_the_maps(stage: Any, criterion: Any) -> None:
+    stage.params = replace(PARAMS, select=SelectParams(softmax_budget={"cache_ratio": 0.25}, criterion=criterion))
+    assert select.run(stage) == {"cache_ratio": 0.25, "kept": 1.0}
+    settings, maps = after(stage)
+    student = linearize(byte_teacher(), settings)
+    load_feature_maps(student, maps)
+    assert sum(len(each.groups.linear) for each in feature_maps(student).values()) == 3
+    found = json.loads((stage.out / "selection.json").read_text())
+    assert (found["criterion"], found["softmax_budget"]) == (criterion, {"cache_ratio": 0.25})
+    kept = [(entry["layer"], entry["group"]) for entry in found["candidates"] if entry["kept"] is not None]
+    assert kept == [(layer, heads[0]) for layer, heads in settings.softmax_heads.items()]
+    if criterion != "even":
+        assert len(found["candidates"]) == 4
+        best = max(found["candidates"], key=lambda entry: entry["score"])
+        assert best["kept"] == 0
+        assert (stage.out / "selection.png").is_file()
+
+
+def test_a_damaged_selection_is_named(stage: Any) -> None:
+    (stage.root / "select").mkdir()
+    (stage.root / "select" / "selection.json").write_text("{}")
+    with pytest.raises(UserError, match=r"selection\.json cannot be read .*run `dvc repro select`"):
+        selected(stage)
