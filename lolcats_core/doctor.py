@@ -90,10 +90,11 @@ def train_memory(params: Params, shape: ModelShape) -> dict[str, float]:
         graph = 2 * kept + wide * shape.hidden * shape.layers
     # Beyond `MAX_FLOAT_LOGITS` they are made a slice at a time.
     logits = min(tokens["finetune"] * shape.vocab, MAX_FLOAT_LOGITS) * (wide + 3 * 4)
+    trained = 16 if params.finetune.train_feature_maps else 4
     lora = 16 * params.finetune.lora_rank * shape.layers * 8 * shape.hidden
     return {
         "transfer": weights + 16 * maps + tokens["transfer"] * passing,
-        "finetune": weights + 4 * maps + lora + tokens["finetune"] * graph + logits,
+        "finetune": weights + trained * maps + lora + tokens["finetune"] * graph + logits,
     }
 
 
@@ -146,7 +147,10 @@ def flops_per_token(params: Params, shape: ModelShape) -> dict[str, float]:
     hybrid = shape.layers * shape.heads * 2 * shape.head_dim * (2 * window + 2 * features + 2 * features)
     softmax = shape.layers * shape.heads * 2 * shape.head_dim * params.data.sequence_length
     # The frozen weights need no weight gradients in stage 2: forward and input gradients, twice the forward.
-    return {"transfer": projections + softmax + 3 * hybrid, "finetune": 2 * (projections + head) + 3 * hybrid}
+    finetune = 2 * (projections + head) + 3 * hybrid
+    if params.finetune.needs_teacher:
+        finetune += projections + softmax + head
+    return {"transfer": projections + softmax + 3 * hybrid, "finetune": finetune}
 
 
 def _device(params: Params) -> Finding:

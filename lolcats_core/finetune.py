@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 from lolcats_core.branches import window_dropout
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import next_token_targets, perplexity
-from lolcats_core.losses import CROSS_ENTROPY, Objective, plain_model, summed_loss, teacher_hidden
+from lolcats_core.losses import (
+    CROSS_ENTROPY,
+    Objective,
+    layer_outputs,
+    misalignment,
+    plain_model,
+    summed_loss,
+    teacher_hidden,
+)
 from lolcats_core.params import FinetuneParams
 from lolcats_core.segments import segmented_loss
 from lolcats_core.training import Rows, TrainResult, train
@@ -34,18 +42,25 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor], objective: Objec
         batch: input_ids [B, T]; optional loss_mask [B, T] and position_ids [B, T].
     """
     targets, counted = next_token_targets(batch)
-    wanted = teacher_hidden(model, batch)[:, :-1] if objective.kl else None
+    layers = objective.hidden > 0
+    wanted = teacher_hidden(model, batch, layers=layers) if objective.needs_teacher else []
     student = plain_model(model)
-    positions = batch.get("position_ids")
-    decoded = student.base_model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False)
-    loss = summed_loss(student, decoded.last_hidden_state[:, :-1], targets, counted, objective, wanted)
-    return loss / counted.sum().clamp(min=1)
+    decoded = student.base_model(
+        input_ids=batch["input_ids"],
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+        output_hidden_states=layers,
+    )
+    teacher = wanted[-1][:, :-1] if objective.kl else None
+    loss = summed_loss(student, decoded.last_hidden_state[:, :-1], targets, counted, objective, teacher)
+    loss = loss / counted.sum().clamp(min=1)
+    return loss + objective.hidden * misalignment(layer_outputs(decoded), wanted) if layers else loss
 
 
 def objective_of(params: FinetuneParams) -> Objective:
     """The terms that `loss` names."""
     kl = {"cross_entropy": 0.0, "logit_kl": 1.0, "mixed": params.kl_weight}[params.loss]
-    return Objective(cross_entropy=1.0 - kl, kl=kl, temperature=params.kl_temperature)
+    return Objective(1.0 - kl, kl, params.kl_temperature, params.hidden_weight)
 
 
 def check_target_modules(student: nn.Module, params: FinetuneParams) -> None:

@@ -9,7 +9,7 @@ layer so is its function. So the teacher's logits need no second model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,14 +24,20 @@ from lolcats_core.evaluation.forward import MAX_FLOAT_LOGITS
 
 @dataclass(frozen=True)
 class Objective:
-    """Weights of the two terms of a token's loss, and the temperature of the second.
+    """Weights of the terms of stage 2's loss, and the temperature of the second.
 
     ``kl`` is T² KL(teacher / T ‖ student / T) in nats: T² keeps the gradients' size (arXiv 1503.02531, section 2).
+    ``hidden`` is the `misalignment` of the layers' outputs.
     """
 
     cross_entropy: float = 1.0
     kl: float = 0.0
     temperature: float = 1.0
+    hidden: float = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kl > 0 or self.hidden > 0
 
 
 CROSS_ENTROPY = Objective()
@@ -68,20 +74,41 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def teacher_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The teacher's final hidden states [B, T, d], from the student that shares its weights.
+def teacher_hidden(model: nn.Module, batch: dict[str, Tensor], *, layers: bool = False) -> list[Tensor]:
+    """The teacher's final hidden states [B, T, d], from the student that shares its weights; the last of the list.
 
     Args:
         model: a linearized model, with or without LoRA adapters on its layers.
         batch: input_ids [B, T] and, for packed documents, position_ids [B, T].
+        layers: the outputs of the layers before as well.
     """
     positions = batch.get("position_ids")
     document = None if positions is None else document_numbers(positions)
     context = HybridContext(observer=look_away, document=document)
     with without_adapters(model):
         decoder = plain_model(model).base_model
-        out = decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
-    return out.last_hidden_state
+        out = decoder(
+            input_ids=batch["input_ids"],
+            position_ids=positions,
+            use_cache=False,
+            hybrid=context,
+            output_hidden_states=layers,
+        )
+    return layer_outputs(out) if layers else [out.last_hidden_state]
+
+
+def layer_outputs(out: Any) -> list[Tensor]:
+    """Every layer's output of a decoder called with `output_hidden_states`; the last one behind the final norm."""
+    return list(out.hidden_states[1:])
+
+
+def misalignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of the squared error of hidden states [B, T, d] over the teacher's mean square, in float32."""
+    errors = []
+    for given, wanted in zip(student, teacher, strict=True):
+        wide = torch.promote_types(wanted.dtype, torch.float32)
+        errors.append(F.mse_loss(given.to(wide), wanted.to(wide)) / wanted.to(wide).square().mean())
+    return torch.stack(errors).mean()
 
 
 def summed_loss(

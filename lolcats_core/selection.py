@@ -49,7 +49,8 @@ class Selection:
 
     Attributes:
         kept: chosen candidates, best first.
-        scores: by candidate, the criterion's value; the larger, the sooner it keeps softmax. Empty for ``even``.
+        scores: by candidate, the criterion's value; the larger, the sooner it keeps softmax. Empty for ``even``;
+            without a budget the transfer error.
         settings: of the student that stage 2 gets.
         cache_ratio: share of the teacher's kv cache that its softmax attention keeps.
     """
@@ -153,8 +154,10 @@ def select(
     count = budget_count(params, settings, config)
     if not count:
         chosen: tuple[Candidate, ...] = ()
-        scores: dict[Candidate, float] = {}
         kept = kept_groups(settings, config)
+        # Worth seeing without a budget as well; errors say nothing of groups that were never linear.
+        every = candidates(params, config) if errors and not kept else []
+        scores = transfer_scores(every, errors, kv_heads(config), normalized=False)
     else:
         chosen, scores = _ranked(params, config, count, errors, seed, divergence)
         kept = frozenset(group for candidate in chosen for group in candidate.groups)
@@ -248,7 +251,7 @@ def student_divergence(
     for start in range(0, min(count, len(rows)), batch_size):
         indices = np.arange(start, min(start + batch_size, count, len(rows)))
         batch = {name: value.to(device) for name, value in rows.batch(indices).items()}
-        batches.append((batch, teacher_hidden(student, batch)[:, :-1]))
+        batches.append((batch, teacher_hidden(student, batch)[-1][:, :-1]))
 
     @torch.no_grad()
     def measure(kept: frozenset[Group]) -> float:

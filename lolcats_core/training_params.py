@@ -115,7 +115,8 @@ class FinetuneParams(TrainingParams):
     """Stage 2, low-rank linearizing (LoRA on the projections, next-token cross-entropy).
 
     `loss`: ``logit_kl`` follows the teacher's logits, ``mixed`` gives them `kl_weight` of the whole and cross-entropy
-    the rest. `train_feature_maps`: the maps train on, with `map_lr` (null: `lr`) and `map_weight_decay`.
+    the rest; `hidden_weight` adds each layer's error against the teacher's hidden states, over their size.
+    `train_feature_maps`: the maps train on, with `map_lr` (null: `lr`) and `map_weight_decay`.
     `window_dropout`: as in `TransferParams`.
     `quantize_base`: hold the frozen projections in 4 bits while LoRA trains; the result is merged into the teacher's
     own weights. `segment_length`: take rows in pieces of so many tokens, the state passed on without gradients.
@@ -129,6 +130,7 @@ class FinetuneParams(TrainingParams):
     loss: Literal["cross_entropy", "logit_kl", "mixed"] = "cross_entropy"
     kl_weight: float = 0.5
     kl_temperature: float = 1.0
+    hidden_weight: float = 0.0
     train_feature_maps: bool = False
     map_lr: float | None = None
     map_weight_decay: float = 0.0
@@ -140,8 +142,9 @@ class FinetuneParams(TrainingParams):
         super().__post_init__()
         segment = self.segment_length
         _require(segment is None or segment >= 8, "`segment_length` must be null or at least 8", segment)
-        plain = segment is None or self.loss == "cross_entropy"
-        _require(plain, "`segment_length` must be null with `loss` logit_kl or mixed", segment)
+        _require(self.hidden_weight >= 0, "`hidden_weight` must be at least 0", self.hidden_weight)
+        plain = segment is None or not self.needs_teacher
+        _require(plain, "`segment_length` must be null with `loss` logit_kl or mixed and `hidden_weight`", segment)
         _require(0 < self.kl_weight <= 1, "`kl_weight` must lie in (0, 1]", self.kl_weight)
         _require(self.kl_temperature > 0, "`kl_temperature` must be greater than 0", self.kl_temperature)
         _require(self.map_lr is None or self.map_lr > 0, "`map_lr` must be null or greater than 0", self.map_lr)
@@ -151,3 +154,8 @@ class FinetuneParams(TrainingParams):
         _require(self.lora_alpha >= 1, "`lora_alpha` must be at least 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "`lora_dropout` must lie in [0, 1)", self.lora_dropout)
         _require(len(self.target_modules) > 0, "`target_modules` must name a projection", self.target_modules)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss looks at the teacher, which costs a forward pass of it."""
+        return self.loss != "cross_entropy" or self.hidden_weight > 0

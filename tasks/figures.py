@@ -34,7 +34,7 @@ def selection_figure(selection: Mapping[str, Any]) -> Figure:
     axes.bar(names, [entry["score"] for entry in found], color=colours)
     what = "layer" if all(entry["group"] is None for entry in found) else "layer.kv group"
     title = f"Softmax kept (orange): {selection['cache_ratio']:.1%} of the kv cache"
-    axes.set(xlabel=what, ylabel=selection["criterion"].replace("_", " "), title=title)
+    axes.set(xlabel=what, ylabel=(selection["criterion"] or "transfer error").replace("_", " "), title=title)
     axes.tick_params(axis="x", rotation=90 if len(found) > 16 else 0)
     if min(entry["score"] for entry in found) > 0:
         axes.set_yscale("log")

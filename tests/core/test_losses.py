@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import lolcats_core as lc
 from lolcats_core import losses
+from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora, next_token_loss, objective_of
 from lolcats_core.losses import KL, Objective, divergence, plain_model, summed_loss, teacher_hidden
@@ -92,7 +94,7 @@ def test_the_student_s_teacher_is_the_teacher(family: str, documents: bool) -> N
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     # transformers' own packed mask, in the teacher, starts documents where positions start again.
     expected = tiny_teacher(family).base_model(**batch, use_cache=False).last_hidden_state
-    torch.testing.assert_close(teacher_hidden(model, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(teacher_hidden(model, batch)[-1], expected, rtol=1e-4, atol=1e-5)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
     student = plain_model(model).base_model(**batch, use_cache=False).last_hidden_state
     assert (student - expected).abs().max() > 0.1
@@ -140,10 +142,48 @@ def test_maps_have_their_own_learning_rate_and_weight_decay(tmp_path: Path) -> N
     del model
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_the_misalignment_is_that_of_every_layer_s_output(family: str) -> None:
+    teacher, batch = tiny_teacher(family), FakeRows(3).batch(range(3))
+    student = tiny_student(family)
+    outputs: dict[int, list[torch.Tensor]] = {}
+    for model in (teacher, student):
+        found = outputs[id(model)] = []
+        for layer in (*model.base_model.layers[:-1], _norm(model)):
+            layer.register_forward_hook(lambda _, __, out, found=found: found.append(out))
+        model(batch["input_ids"], use_cache=False)
+    pairs = zip(outputs[id(student)], outputs[id(teacher)], strict=True)
+    errors = [((a - b).square().mean() / b.square().mean()).item() for a, b in pairs]
+    plain, both = (next_token_loss(student, batch, Objective(hidden=weight)).item() for weight in (0.0, 0.5))
+    assert len(errors) == 3
+    assert both - plain == pytest.approx(0.5 * sum(errors) / 3, rel=1e-3)
+    untouched = tiny_student(family, settings=LinearizeConfig(softmax_layers=(0, 1, 2)))
+    aligned = next_token_loss(untouched, batch, Objective(cross_entropy=0.0, hidden=1.0)).item()
+    assert aligned == pytest.approx(0.0, abs=1e-6)
+
+
+def _norm(model: Any) -> Any:
+    return model.base_model.final_layer_norm if hasattr(model.base_model, "final_layer_norm") else model.base_model.norm
+
+
+def test_maps_train_through_the_whole_network_towards_the_teacher_s_hidden_states(tmp_path: Path) -> None:
+    rows, student = FakeRows(16), lc.linearize(tiny_teacher(), MIXED)
+    objective = Objective(cross_entropy=0.0, hidden=1.0)
+    batch = rows.batch(range(8))
+    with torch.no_grad():
+        before = next_token_loss(student, batch, objective).item()
+    params = FinetuneParams(loss="logit_kl", hidden_weight=10.0, lr=1e-3, map_lr=1e-2, train_feature_maps=True)
+    params = dataclasses.replace(params, max_steps=20, epochs=20, lora_rank=2)
+    model, _ = lc.low_rank_finetune(student, rows, rows, params, scratch=tmp_path)
+    with torch.no_grad():
+        assert next_token_loss(model, batch, objective).item() < 0.8 * before
+
+
 def test_objectives_by_name() -> None:
     assert objective_of(FinetuneParams()) == Objective()
     assert objective_of(FinetuneParams(loss="logit_kl", kl_temperature=2.0)) == Objective(0.0, 1.0, 2.0)
     assert objective_of(FinetuneParams(loss="mixed", kl_weight=0.25)) == Objective(0.75, 0.25, 1.0)
+    assert objective_of(FinetuneParams(hidden_weight=2.0)) == Objective(1.0, 0.0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ def test_the_learning_rate_of_finetuning_concerns_finetune_and_the_report_and_th
     assert not any("compute" in params or "compute.device" in params for params in keys.values())
 
 
+def test_another_softmax_budget_trains_no_maps_again() -> None:
+    assert [name for name, stage in STAGES.items() if "select" in stage["params"]] == ["select", "report"]
+    for name in ("finetune", "evaluate"):
+        # What the student is made of comes from the selection alone.
+        assert "linearize" not in STAGES[name]["params"]
+        assert "outputs/select/selection.json" in STAGES[name]["deps"]
+        assert not any(dep.startswith("outputs/transfer") for dep in STAGES[name]["deps"])
+
+
 def test_no_stage_depends_on_files_that_differ_from_run_to_run() -> None:
     for stage in STAGES.values():
         for dep in stage["deps"]:

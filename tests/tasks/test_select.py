@@ -60,7 +60,10 @@ def test_without_a_budget_the_maps_and_settings_are_those_of_stage_1(stage: Any)
     settings, maps = after(stage)
     assert settings == SETTINGS
     assert maps.read_bytes() == (stage.root / "transfer" / "feature_maps.safetensors").read_bytes()
-    assert not (stage.out / "selection.png").exists()
+    found = json.loads((stage.out / "selection.json").read_text())
+    assert (found["criterion"], found["softmax_budget"]) == (None, None)
+    assert [entry["kept"] for entry in found["candidates"]] == [None] * 4
+    assert (stage.out / "selection.png").is_file()
 
 
 @pytest.mark.parametrize("criterion", ["transfer_error", "greedy_kl", "even"])

@@ -34,6 +34,8 @@ OVERRIDES: dict[str, Any] = {
     "finetune": {**TRAINING, "lora_rank": 2},
     "evaluate": {"recall_gaps": [8], "tasks": []},
 }
+# One of four kv groups keeps softmax.
+KEPT = {"select.softmax_budget": {"cache_ratio": 0.25}}
 # What both modes decide alike: no clipping.
 STREAMED = {"transfer.mode": "streamed", "transfer.max_grad_norm": 1e9}
 
@@ -89,7 +91,7 @@ def joint(root: Path) -> tuple[dict[str, torch.Tensor], float]:
 
 @pytest.mark.slow
 def test_streamed_and_quantized_in_two_processes_gives_models_that_load(project: Path) -> None:
-    configure(project, **{"compute.processes": 2, "finetune.quantize_base": True}, **STREAMED)
+    configure(project, **{"compute.processes": 2, "finetune.quantize_base": True}, **KEPT, **STREAMED)
     metrics = run(project, "transfer")
     maps, best = joint(project)
     assert metrics["streamed"] == 1.0
@@ -98,9 +100,13 @@ def test_streamed_and_quantized_in_two_processes_gives_models_that_load(project:
         torch.testing.assert_close(maps[name], value, rtol=1e-3, atol=1e-4)
     assert not (project / ".scratch" / "transfer").exists()
 
+    run(project, "select")
     run(project, "finetune")
+    kept = json.loads((project / "outputs" / "select" / "selection.json").read_text())["linearize"]["softmax_heads"]
+    assert sum(len(groups) for groups in kept.values()) == 1
     merged = AutoModelForCausalLM.from_pretrained(project / "outputs" / "finetune" / "model")
     delta: Any = load_delta(project / "outputs" / "finetune" / "adapter", project / "model", merge=True)
+    assert merged.config.linearize["softmax_heads"] == kept
     expected = dict(merged.named_parameters())
     for name, value in delta.named_parameters():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
