@@ -37,7 +37,7 @@ from lolcats_core.loading import load_student
 from lolcats_core.modeling import named_map_parameters
 from lolcats_core.params import TransferParams
 from lolcats_core.runtime import resolve_device
-from lolcats_core.segments import segmented_loss
+from lolcats_core.segments import offloaded, segmented_loss
 from lolcats_core.streaming.transfer import streamed_attention_transfer
 from lolcats_core.transfer import attention_transfer
 
@@ -163,7 +163,7 @@ def finetune_case(
             if segment:
                 segmented_loss(adapted, batch, min(segment, tokens // 2), 1.0)
             elif offload:
-                with torch.autograd.graph.save_on_cpu(pin_memory=case.device.type == "cuda"):
+                with offloaded():
                     loss = next_token_loss(adapted, batch)
                 loss.backward()
             else:

@@ -13,12 +13,11 @@ from datetime import timedelta
 from typing import cast
 from uuid import UUID
 
-from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
-from prefect.events.schemas.automations import EventTrigger, Posture
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from pydantic import SecretStr
 
@@ -32,10 +31,10 @@ MESSAGE = {
 _RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 
 
-def automations(deployment_id: UUID, block_id: UUID | None) -> list[Automation]:
+def automations(deployment_id: UUID, block_id: UUID | None) -> list[AutomationCore]:
     """The automations. `deployment_id`: of relinearize/nightly; `block_id`: of the webhook where there is one."""
     found = [
-        Automation(
+        AutomationCore(
             name="lolcats: zombies",
             description="A flow run whose heartbeat stopped is marked as crashed.",
             trigger=EventTrigger(
@@ -53,7 +52,7 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[Automation]:
                 )
             ],
         ),
-        Automation(
+        AutomationCore(
             name="lolcats: resume",
             description="A crashed re-linearization is started again and continues from the last checkpoint.",
             trigger=EventTrigger(
@@ -71,7 +70,7 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[Automation]:
     if block_id is not None:
         names = {f"prefect.flow-run.{name}" for name in ("Failed", "Crashed", "Refused")}
         found.append(
-            Automation(
+            AutomationCore(
                 name="lolcats: notify",
                 description="Failures, crashes and refused versions go to the webhook.",
                 trigger=EventTrigger(expect=names, match=_RUN, posture=Posture.Reactive, threshold=1),
@@ -83,11 +82,11 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[Automation]:
 
 def main() -> None:
     """Create or replace the automations on the server that `PREFECT_API_URL` names."""
-    with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("relinearize/nightly")
     block_id: UUID | None = None
     if url := os.environ.get(WEBHOOK_VARIABLE):
         block_id = cast(UUID, Webhook(method="POST", url=SecretStr(url)).save(BLOCK, overwrite=True))
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("relinearize/nightly")
         existing = {found.name: found for found in client.read_automations()}
         for wanted in automations(deployment.id, block_id):
             client.create_automation(wanted)

@@ -6,15 +6,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import PrefectException
 from prefect.tasks import exponential_backoff
 
 from lolcats_core.errors import Unavailable
 from lolcats_core.params import GatesParams, Params
 from tasks import promotion, registry
 from tasks.gates import GateReport
+from tasks.tracking import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,14 @@ PATIENT: dict[str, Any] = {
 }
 
 
+def show(page: str, key: str, description: str) -> None:
+    """A page in Prefect's UI. Without it the run goes on: MLflow and the registry hold what it says."""
+    try:
+        create_markdown_artifact(page, key=key, description=description)
+    except (httpx.HTTPError, PrefectException) as error:
+        logger.warning("Prefect's server did not take the page %r: %s", key, first_line(error))
+
+
 @task(name="register", task_run_name="register", **PATIENT)
 def register_model(root: Path, params: Params, run_id: str) -> registry.RegisteredVersion:
     """Register the finetuned model unless this very model is registered already."""
@@ -47,7 +58,7 @@ def register_model(root: Path, params: Params, run_id: str) -> registry.Register
 def run_gates(root: Path, name: str, gates: GatesParams, version: str) -> GateReport:
     """Run the gates on a version; one that passes becomes the challenger. The report is a Prefect artifact too."""
     report = promotion.examine(root, name, gates, version)
-    create_markdown_artifact(report.markdown(), key="gates", description=f"Gates of {name} version {version}")
+    show(report.markdown(), "gates", f"Gates of {name} version {version}")
     return report
 
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import project_root
-from flows.delivery import promote_version, register_model, run_gates
+from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_core.machine import device_tags
 from lolcats_core.params import Params, load_params
 from tasks import experiment, graph, promotion, summary
@@ -52,17 +51,26 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
         UserError: parameters are wrong, a stage failed, or the model could not be registered.
     """
     root = project_root()
+    if runtime.deployment.id:
+        experiment.confine(root, set)
     chosen = experiment.prepare(root, preset, set) if preset or set else None
     return pipeline(root, "linearize", chosen, register=register)
 
 
 def pipeline(
-    root: Path, name: str, chosen: experiment.Experiment | None, *, register: bool = True, promote: bool = False
+    root: Path,
+    name: str,
+    chosen: experiment.Experiment | None,
+    *,
+    register: bool = True,
+    promote: bool = False,
+    keep: Callable[[str], object] = lambda version: None,
 ) -> dict[str, Any]:
     """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
 
     Args:
         name: of the MLflow run. chosen: where to run, None for the checkout itself.
+        keep: called with the number of the registered version, before its gates.
 
     Raises:
         UserError: as `linearize`.
@@ -79,6 +87,7 @@ def pipeline(
         version = register_model(work, params, parent.id) if register else None
         gates = None
         if version:
+            keep(version.version)
             standing = promotion.standing(root, version.name, version.version)
             if standing.passed is None or (promote and CHAMPION not in standing.aliases):
                 run_gates(root, version.name, params.gates, version.version)
@@ -89,7 +98,7 @@ def pipeline(
         parent.log_metrics(summary.headline(result))
         parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
         parent.log_text(summary.markdown(result), "summary.md")
-        create_markdown_artifact(summary.markdown(result), key="summary", description="Teacher beside student")
+        show(summary.markdown(result), "summary", "Teacher beside student")
         summary.write(root, result)
     return result
 

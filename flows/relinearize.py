@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import flow, get_run_logger, runtime, task
 from prefect.events import emit_event
 from prefect.states import Completed
 
 from flows import project_root
-from flows.delivery import PATIENT
+from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
 from lolcats_core.params import load_params
 from tasks import drift as drifting
-from tasks import relinearization
+from tasks import experiment, relinearization
 
 DRIFT_EVENT = "lolcats.drift"
 _prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
@@ -33,20 +32,25 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None) ->
         UserError: parameters are wrong, a stage failed, or the registry cannot be used.
     """
     root, log = project_root(), get_run_logger()
+    if runtime.deployment.id:
+        experiment.confine(root, set)
     chosen = _prepare(root, preset, set)
     found = _changes(root, chosen)
     if not found:
         log.info("Nothing changed since the last result.")
         return Completed(name="UpToDate", message="nothing changed since the last result")
-    create_markdown_artifact(_page(found), key="changes", description="What changed since the last result")
-    result = pipeline(root, relinearization.NAME, chosen, promote=True)
+    show(_page(found), "changes", "What changed since the last result")
+
+    def keep(version: str) -> None:
+        _commit(root, chosen, version, found)
+
+    result = pipeline(root, relinearization.NAME, chosen, promote=True, keep=keep)
     version, gates = result["registered"]["version"], result["gates"]
-    branch = _commit(root, chosen, version, found)
     if not gates["passed"]:
         message = f"version {version} is refused, the champion stays: {gates['reasons']}"
         log.warning(message)
         return Completed(name="Refused", message=message)
-    return Completed(name="Promoted", message=f"version {version} is the champion; dvc.lock is on {branch}")
+    return Completed(name="Promoted", message=f"version {version} is the champion")
 
 
 def _page(found: dict[str, list[str]]) -> str:

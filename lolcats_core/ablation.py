@@ -42,7 +42,7 @@ WINDOWS: tuple[Literal["none", "terraced", "sliding"], ...] = ("none", "terraced
 KEY_MAPS: tuple[Literal["query_head", "kv_head"], ...] = ("query_head", "kv_head")
 LORA_RANKS = (4, 8, 16, 64)
 WINDOW_SIZES = (4, 8, 16, 32, 64, 128, 256)
-KEPT_LAYERS = (1, 2)
+KEPT_LAYERS = (1, 2, 3)
 # Rows of the validations inside training, which only tell the first weights from the last.
 VALIDATION_ROWS = 4
 CHECKPOINT_EVERY = 100

@@ -127,6 +127,12 @@ def transfer_mode(params: Params, shape: ModelShape, memory: float) -> str:
     return "joint" if train_memory(params, shape)["transfer"] - elsewhere < FITS * memory else "streamed"
 
 
+def evaluated_by_layers(params: Params, shape: ModelShape, memory: float) -> bool:
+    """Whether stage `evaluate` runs models layer by layer, since the weights leave no room in `memory` bytes."""
+    wide = 2 if params.compute.precision == "bfloat16" else 4
+    return shape.parameters * wide >= FITS * memory
+
+
 def planned_tokens(params: Params) -> dict[str, int | None]:
     """Tokens of each training stage, or None where they depend on the size of a corpus that is not bounded."""
     planned: dict[str, int | None] = {}
@@ -228,6 +234,8 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
         if need > have:
             detail += "; lower the batch size, set compute.gradient_checkpointing, or use a larger device"
         findings.append(Finding(f"memory, {stage}", "missing" if need > have else "info", detail))
+    if evaluated_by_layers(params, shape, have):
+        findings.append(Finding("memory, evaluate", "warn", "one layer at a time; perplexity alone can be measured"))
     return findings
 
 

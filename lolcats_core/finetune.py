@@ -28,7 +28,7 @@ from lolcats_core.losses import (
     teacher_hidden,
 )
 from lolcats_core.params import FinetuneParams
-from lolcats_core.segments import segmented_loss
+from lolcats_core.segments import offloaded, segmented_loss
 from lolcats_core.training import Rows, TrainResult, train
 
 if TYPE_CHECKING:
@@ -154,16 +154,11 @@ def low_rank_finetune(
         student.enable_input_require_grads()
     device = student.device
 
-    def saved() -> contextlib.AbstractContextManager[Any]:
-        if not offload_activations:
-            return contextlib.nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
-
     def step(batch: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         model.train()
         # Around the backward pass as well: checkpointed layers run there again.
         with window_dropout(model, params.window_dropout):
-            with saved():
+            with offloaded() if offload_activations else contextlib.nullcontext():
                 if params.segment_length:
                     return {"loss": segmented_loss(model, batch, params.segment_length, scale)}
                 loss = next_token_loss(model, batch, objective)

@@ -257,6 +257,22 @@ def empty_student(teacher: PreTrainedConfig, settings: LinearizeConfig) -> PreTr
     return model_class(config_class(**values, linearize=settings.to_dict()))  # type: ignore[call-arg]
 
 
+def initial_feature_maps(
+    teacher: PreTrainedConfig, settings: LinearizeConfig, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The values that `linearize` gives the maps of a model of the teacher's shape, by their names, on the CPU.
+
+    Raises:
+        UserError: the architecture or the settings do not fit.
+    """
+    with torch.device("meta"):
+        student = empty_student(teacher, settings)
+    generator = torch.Generator().manual_seed(seed)
+    for maps in feature_maps(student).values():
+        maps.to_empty(device="cpu").reset_parameters(generator)
+    return {name: p.detach() for name, p in named_map_parameters(student).items()}
+
+
 def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) -> PreTrainedModel:
     """A linearized copy of `model` that shares its weights.
 

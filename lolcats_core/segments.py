@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,27 @@ from lolcats_core.cache import HybridCache
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import next_token_targets
 from lolcats_core.losses import plain_model, summed_loss
+
+
+def offloaded() -> AbstractContextManager[Any]:
+    """Under it a forward pass keeps what the backward pass needs in the machine's memory.
+
+    Parameters stay where they are: the device holds them anyway.
+    """
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        owner = saved if saved._base is None else saved._base
+        return saved if isinstance(owner, nn.Parameter) else (saved.device, _to_host(saved))
+
+    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    on_gpu = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu).copy_(tensor, non_blocking=on_gpu)
 
 
 def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scale: float | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Stage `evaluate`: the student beside its teacher, in what a user would lose.
 
 Perplexity at each step, copying recall, lm-eval tasks, loss by position, writing, an audit of the student.
-Each finished measurement is kept (`tasks.measurements`), so a killed evaluation continues after the last one.
+Each finished measurement is kept (`tasks.measurements`), so a killed evaluation continues after the last one. Of models
+that do not fit the device only perplexity is measured, layer by layer (`tasks.streamed_models`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ AUDITED = ("teacher", "transferred", "finetuned")
 
 def run(stage: Stage) -> Mapping[str, float]:
     """Write evaluation.json, speed.json, samples/<task>.jsonl and plots; the same numbers, flat, are the metrics."""
-    params = stage.params.evaluate
     measured = Measurements(stage)
+    params = measured.params
     stage.log_dataset("validation", stage.params.data.source, measured.rows.digest, "evaluation")
     measured.write_items()
-    facts = measured.teacher_facts()
+    ends = measured.teacher_facts()["end"] if params.generation_prompts else []
     # One model after the other, so that each is loaded once.
     perplexities: dict[str, dict[str, Any]] = {}
     recalls: dict[str, dict[str, Any]] = {}
@@ -61,9 +62,10 @@ def run(stage: Stage) -> Mapping[str, float]:
         "recall_samples": params.recall_samples,
         "tasks": {name: compare_task(results["teacher"][name], results["finetuned"][name]) for name in params.tasks},
         "positions": positions,
-        "generation": compare_generation(writing, facts["end"]) if writing else {},
+        "generation": compare_generation(writing, ends) if writing else {},
         "state": measured.state(),
         "audit": {**audits["teacher"], **audits["transferred"], **audits["finetuned"]} if audits else {},
+        "left_out": measured.left_out,
         "lm_eval_version": lm_eval_version(),
         "task_hashes": {name: results["teacher"][name]["hash"] for name in params.tasks},
     }
@@ -127,7 +129,7 @@ def write_samples(path: Path, teacher: dict[str, Any], finetuned: dict[str, Any]
 def draw(stage: Stage, evaluation: dict[str, Any]) -> None:
     """Plots, logged and beside the results."""
     figures = {"perplexity.png": perplexity_figure(evaluation["perplexity"])}
-    if stage.params.evaluate.recall_gaps:
+    if any(evaluation["recall"].values()):
         figures["recall.png"] = recall_figure(evaluation["recall"])
     if evaluation["tasks"]:
         figures["tasks.png"] = tasks_figure(evaluation["tasks"])

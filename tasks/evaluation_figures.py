@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 MODELS = ("teacher", "finetuned")
+LABELS = {"teacher": "teacher", "finetuned": "student"}
 
 
 def perplexity_figure(perplexity: dict[str, float]) -> Figure:
@@ -33,8 +34,10 @@ def recall_figure(recall: dict[str, dict[str, dict[str, float]]]) -> Figure:
             yerr=[recall[model][gap]["stderr"] for gap in gaps],
             marker="o",
             capsize=3,
-            label=model,
+            label=LABELS[model],
         )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(gap) for gap in gaps], labels=gaps)
     axes.set(xlabel="gap (tokens)", ylabel="copying recall", ylim=(-0.03, 1.03), title="Copying recall by gap")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -53,7 +56,7 @@ def tasks_figure(tasks: dict[str, dict[str, Any]]) -> Figure:
             yerr=[task[model]["stderr"] for task in tasks.values()],
             width=0.4,
             capsize=3,
-            label=model,
+            label=LABELS[model],
         )
     labels = [f"{name}\n{task['metric']}" for name, task in tasks.items()]
     axes.set(title="lm-eval tasks", xticks=list(places), xticklabels=labels)

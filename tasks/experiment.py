@@ -25,6 +25,7 @@ from tasks.stage import RESULTS_VARIABLE
 from tasks.tracking import git_state, tracking_uri
 
 logger = logging.getLogger(__name__)
+SOURCES_VARIABLE = "LOLCATS_SOURCES"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,32 @@ def _absolute(root: Path, source: str) -> str:
     return os.path.normpath(root / source) if local else source
 
 
+def confine(root: Path, values: Mapping[str, Any] | None) -> None:
+    """Hold what a run that somebody started over Prefect's API overrides against what this machine's owner allows.
+
+    Files are read from the project and from the directories that `LOLCATS_SOURCES` names (joined by ``:``); a teacher's
+    own code runs only where params.yaml trusts it.
+
+    Raises:
+        UserError: an override asks for more.
+    """
+    chosen = apply_overrides({}, dict(values or {}))
+    allowed = [root, *(Path(place) for place in os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep) if place)]
+    for section, key in (("teacher", "source"), ("data", "source"), ("relinearize", "drift_source")):
+        source = chosen.get(section, {}).get(key)
+        if source is not None:
+            path = (root / str(source)).resolve()
+            if not any(path.is_relative_to(place.resolve()) for place in allowed):
+                raise UserError(f"`{section}.{key}` leads out of the project and of {SOURCES_VARIABLE}: {source}")
+    own = read_yaml(root / "params.yaml").get("teacher", {})
+    teacher = {**own, **chosen.get("teacher", {})}
+    trusted = own.get("trust_remote_code") and teacher.get("source") == own.get("source")
+    if teacher.get("trust_remote_code") and not trusted:
+        raise UserError(
+            f"`teacher.trust_remote_code` of {teacher.get('source')} must stand in the project's params.yaml"
+        )
+
+
 def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Experiment:
     """Make, or bring back, the worktree for these overrides; `name` instead of one made of them.
 
@@ -75,7 +102,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     """
     chosen = overrides(preset, values)
     overridden(root, read_yaml(root / "params.yaml"), chosen)
-    commit, dirty = git_state(root)
+    commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
     if dirty:

@@ -55,5 +55,5 @@ def _commands(root: Path, name: str, number: str, tags: Mapping[str, str]) -> li
     lines.append(f"  git -C {here} worktree add --detach {place} {commit}")
     lines.append(f"  dvc get {here} outputs --rev {commit} --out {place}/outputs")
     if tags.get("git.dirty") == "true":
-        lines.append("The checkout had uncommitted changes when this version was made; they are in no commit.")
+        lines.append("The checkout had uncommitted changes besides parameters when it was made; no commit holds them.")
     return lines

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps
 from lolcats_core.data.rows import TokenRows
@@ -28,7 +29,9 @@ from lolcats_core.progress import progress
 from lolcats_core.runtime import resolve_device, resolve_dtype
 from lolcats_core.state_size import state_facts
 from lolcats_core.teacher import load_teacher, load_tokenizer
+from tasks import streamed_models
 from tasks.stage import Stage
+from tasks.streamed_models import NEEDS_WHOLE, StreamedModels
 from tasks.training_outputs import selected
 
 logger = logging.getLogger(__name__)
@@ -82,11 +85,25 @@ class Models:
 
 
 class Measurements:
-    """Every measurement by name; `step` is that of a model (`Models.get`)."""
+    """Every measurement by name; `step` is that of a model (`Models.get`).
+
+    Attributes:
+        params: what can be measured here; `left_out` names the parameters of what cannot, in models that do not fit.
+    """
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.params = stage, stage.params.evaluate
         self.models = Models(stage)
+        self.streamed: StreamedModels | None = None
+        self.left_out: list[str] = []
+        if streamed_models.needed(stage, self.models.device):
+            self.streamed = StreamedModels(stage, self.models.device, self.models.dtype)
+            self.left_out = [name for name, nothing in NEEDS_WHOLE.items() if getattr(self.params, name) != nothing]
+            self.params = replace(self.params, **NEEDS_WHOLE)  # type: ignore[arg-type]
+            text = (
+                "the models do not fit %s: perplexity goes layer by layer, and what needs a whole model is left out: %s"
+            )
+            logger.warning(text, self.models.device.type, ", ".join(self.left_out) or "nothing")
         data = stage.input("prepare")
         self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
         self.tokenizer = load_tokenizer(stage.input("teacher"))
@@ -118,7 +135,7 @@ class Measurements:
 
     def state(self) -> dict[str, int]:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
-        config = self.models.get("finetuned").config
+        config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
         return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
 
     def bigram(self) -> dict[str, Any]:
@@ -131,7 +148,9 @@ class Measurements:
 
     def perplexity(self, step: str) -> dict[str, Any]:
         """Perplexity of one step's model on the validation rows."""
-        limit = self.params.max_perplexity_rows
+        limit, streamed = self.params.max_perplexity_rows, self.streamed
+        if streamed is not None:
+            return self.kept(f"perplexity-{step}", lambda: vars(streamed.perplexity(step, self.rows)))
 
         def measure() -> dict[str, Any]:
             count = len(self.rows) if limit is None else min(len(self.rows), limit)

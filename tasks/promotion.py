@@ -115,6 +115,16 @@ def standing(root: Path, name: str, which: str) -> Standing:
 
 
 @_speaks_of_the_store
+def set_tag(root: Path, name: str, version: str, key: str, value: str) -> None:
+    """Set a tag of a version.
+
+    Raises:
+        Unavailable: the store cannot be used.
+    """
+    connect(root).set_model_version_tag(name, version, key, value)
+
+
+@_speaks_of_the_store
 def examine(root: Path, name: str, gates: GatesParams, which: str) -> GateReport:
     """Run the gates on a version, keep the report with it, and make it the challenger if it passes.
 

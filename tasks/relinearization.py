@@ -21,6 +21,7 @@ from tasks.tracking import connect, first_line
 
 logger = logging.getLogger(__name__)
 NAME = "relinearize"
+BRANCH_TAG = "lock.branch"
 
 
 def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> experiment.Experiment:
@@ -60,8 +61,8 @@ def newest_revisions(params: Params, root: Path) -> dict[str, str]:
 def changes(root: Path, chosen: experiment.Experiment) -> dict[str, list[str]]:
     """What a new run would do, by stage with the reasons; empty where the last one's result still stands.
 
-    Code, parameters, the teacher's and the text's files count; and a result that was never registered or examined,
-    because the run that made it was cut short.
+    Code, parameters, the teacher's and the text's files count; and what a run that was cut short left undone for its
+    result: registration, the commit, the gates, or the promotion of what passed them.
 
     Raises:
         UserError: the teacher or the text is not there, or the registry cannot be used.
@@ -69,23 +70,37 @@ def changes(root: Path, chosen: experiment.Experiment) -> dict[str, list[str]]:
     graph.refresh(chosen.root, chosen.environment)
     found = graph.changed(chosen.root)
     if not found:
-        client, name = connect(root), chosen.params.register.name
-        version = registry.find_model(client, name, registry.current_md5(chosen.root))
-        if version is None:
-            found["register"] = ["the last result was not registered"]
-        elif promotion.standing(root, name, str(version.version)).passed is None:
-            found["gates"] = ["the last result was not examined"]
+        found |= _unfinished(root, chosen)
     return found
+
+
+def _unfinished(root: Path, chosen: experiment.Experiment) -> dict[str, list[str]]:
+    """What is missing for the present result; a version that was rolled back is finished, and stays where it is."""
+    client, name = connect(root), chosen.params.register.name
+    version = registry.find_model(client, name, registry.current_md5(chosen.root))
+    if version is None:
+        return {"register": ["the last result was not registered"]}
+    if BRANCH_TAG not in version.tags:
+        return {"commit": ["the last result was not committed"]}
+    standing = promotion.standing(root, name, str(version.version))
+    if standing.passed is None:
+        return {"gates": ["the last result was not examined"]}
+    if promotion.CHALLENGER in standing.aliases:
+        return {"promote": ["the last result passed its gates and was not promoted"]}
+    return {}
 
 
 def commit(root: Path, chosen: experiment.Experiment, version: str, reasons: Mapping[str, list[str]]) -> str:
     """Commit dvc.lock and params.yaml of the run on ``relinearize/<date>``; the branch's name.
 
     Raises:
+        Unavailable: the registry, where the version is told its branch, cannot be used.
         UserError: git refused.
     """
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    branch, name = f"{NAME}/{today}", chosen.params.register.name
     lines = [f"{stage}: {'; '.join(why)}" for stage, why in reasons.items()]
-    message = f"Re-linearized: {chosen.params.register.name} version {version}\n\n" + "\n".join(lines)
-    history.keep_lock(chosen.root, f"refs/heads/{NAME}/{today}", message)
-    return f"{NAME}/{today}"
+    message = f"Re-linearized: {name} version {version}\n\n" + "\n".join(lines)
+    history.keep_lock(chosen.root, f"refs/heads/{branch}", message)
+    promotion.set_tag(root, name, version, BRANCH_TAG, branch)
+    return branch

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from tasks.evaluation_figures import MODELS
+from tasks.evaluation_figures import LABELS, MODELS
 
 Heads = Mapping[str, list[float]]
 
@@ -42,7 +42,7 @@ def positions_figure(positions: Mapping[str, Mapping[str, Any]], trained: int) -
             yerr=[entry["stderr"] for entry in ranges],
             marker="o",
             capsize=3,
-            label=model,
+            label=LABELS[model],
         )
     axes.axvline(trained, linestyle="--", color="grey", label="training length")
     axes.set(xlabel="position (tokens)", ylabel="loss (nats)", xscale="log", title="Loss by position")

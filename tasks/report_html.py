@@ -13,13 +13,14 @@ from tasks.evaluation_figures import MODELS
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0.2rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d6dbe3; }
 p.note { color: #55607a; } .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(28rem, 1fr)); }
 figure { margin: 0.5rem; } img { max-width: 100%; }
-table { border-collapse: collapse; margin: 0.8rem 0; } th, td { padding: 0.25rem 0.8rem; text-align: right; }
+table { border-collapse: collapse; margin: 0.8rem 0; } th, td { padding: 0.25rem 0.6rem; text-align: right; }
 th { border-bottom: 2px solid #9aa5b8; } td { border-bottom: 1px solid #e4e8ee; }
-th:first-child, td:first-child { text-align: left; } .bad { color: #b3261e; font-weight: 600; }
+td { white-space: nowrap; } td:first-child { white-space: normal; }
+th:first-child, td:first-child, .text th, .text td { text-align: left; } .bad { color: #b3261e; font-weight: 600; }
 pre { background: #f4f6f9; padding: 0.8rem; overflow-x: auto; }
 """
 STEPS = {
@@ -37,7 +38,7 @@ CAPTIONS = {
     "audit": "Perplexity with branches and layers switched off.",
     "linear_mass": "Where the student's attention goes: near 0, a head leans on its window alone.",
     "head_errors": "Squared error of each head over the square of the softmax output, under teacher forcing.",
-    "entropy": "Spread-out attention is easier to copy than sharp attention.",
+    "entropy": "Sharp attention (left) beside spread-out attention: one point per layer.",
     "transfer_loss": "Stage 1, attention transfer.",
     "transfer_layers": "Stage 1, error by layer.",
     "selection": "Between the stages: what each layer or kv group scored, and what keeps softmax attention.",
@@ -83,10 +84,11 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
         )
         return f'<div class="figures">{"".join(chosen)}</div>'
 
-    title = f"Linearized {facts.teacher.get('source', 'teacher')}"
+    title = f"Linearized student of {facts.teacher.get('source', 'its teacher')}"
     parts = [
         f"<h1>{escape(title)}</h1><p class='note'>Student beside its own teacher, same text, same questions, same "
-        f"settings. lm-eval {escape(str(evaluation.get('lm_eval_version')))}.</p>",
+        f"settings. lm-eval {escape(str(evaluation.get('lm_eval_version')))}.{_left_out(evaluation)}</p>"
+        + _summary(evaluation),
         "<h2>Perplexity</h2>" + _perplexity(evaluation["perplexity"]) + shown("perplexity", "positions"),
         "<h2>Recovery</h2>" + _tasks(evaluation["tasks"]) + shown("recovery"),
         "<h2>Recall and length</h2>" + _recall(evaluation) + shown("recall") + _cells(evaluation["tasks"]),
@@ -95,7 +97,7 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
         "<h2>Audit</h2>" + _audit(evaluation["audit"]) + shown("audit", "linear_mass", "head_errors", "entropy"),
         "<h2>Training</h2>" + shown("transfer_loss", "transfer_layers", "selection", "finetune_loss"),
         "<h2>Cost</h2>" + _cost(facts.metrics),
-        "<h2>Lineage</h2>" + _lineage(facts),
+        f'<h2>Lineage</h2><div class="text">{_lineage(facts)}</div>',
     ]
     body = "\n".join(parts)
     return (
@@ -118,12 +120,40 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
+def _left_out(evaluation: Mapping[str, Any]) -> str:
+    names = evaluation.get("left_out")
+    reason = " The models do not fit the device, so perplexity was measured layer by layer, and these were left out: "
+    return f"{reason}{escape(', '.join(names))}." if names else ""
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f}"
+
+
 def _measured(result: Mapping[str, Any]) -> str:
     return f"{result['value']:.3f} ± {result['stderr']:.3f}"
 
 
 def _range(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.3f} … {interval[1]:.3f}"
+
+
+def _summary(evaluation: Mapping[str, Any]) -> str:
+    """What a reader should know before any table."""
+    teacher, student = (evaluation["perplexity"][step] for step in MODELS)
+    said = [f"Perplexity {number(student)}, {number(student / teacher)} times the teacher's {number(teacher)}."]
+    recall = [evaluation["recall"].get(step) for step in MODELS]
+    if all(recall):
+        gap = max(recall[0], key=int)
+        values = [measured[gap]["value"] for measured in recall]
+        said.append(f"Copying over {gap} tokens: {values[1]:.3f} of a string right, the teacher {values[0]:.3f}.")
+    for name, task in evaluation["tasks"].items():
+        before, after = (number(task[step]["value"]) for step in MODELS)
+        said.append(f"{name}: {after}, the teacher {before} ({task['metric']}).")
+    whole, off = (evaluation["audit"].get(name) for name in ("whole", "linear_off"))
+    if whole is not None and off is not None:
+        said.append(f"Without its linear branch, the student's perplexity is {number(off / whole)} times as high.")
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in said)}</ul>"
 
 
 def _perplexity(perplexity: Mapping[str, float]) -> str:
@@ -186,13 +216,13 @@ def _generation(measures: Mapping[str, Any], speed: Mapping[str, Mapping[str, fl
         return "<p class='note'>Not measured.</p>"
     note = (
         f"{measures['prompts']} prompts of {measures['prompt_tokens']} tokens, continued greedily by "
-        f"{measures['new_tokens']} tokens."
+        f"{measures['new_tokens']} tokens. A softmax cache grows with every token, a linear one does not."
     )
     rows = [(label, _measured(measures[name])) for name, label in GENERATION.items()]
     costs = sorted({name for cost in speed.values() for name in cost})
     cost_rows = [(name.replace("_", " "), *(number(speed[step].get(name)) for step in MODELS)) for name in costs]
     cost = table(("cost", "teacher", "student"), cost_rows)
-    return f"<p class='note'>{note}</p>" + table(("measure", ""), rows) + cost
+    return f"<p class='note'>{note}</p>" + table(("measure", "value"), rows) + cost
 
 
 def _audit(audit: Mapping[str, Any]) -> str:
@@ -221,7 +251,8 @@ def _audit(audit: Mapping[str, Any]) -> str:
         leans = (
             "<p class='bad'>The student leans on its window alone: without the linear branch it loses under 2 %.</p>"
         )
-    return leans + table(("student", "perplexity"), rows) + table(header, layers)
+    note = "<p class='note'>Over the first validation rows alone, so not the perplexities above.</p>"
+    return leans + note + table(("student", "perplexity"), rows) + table(header, layers)
 
 
 def _state(state: Mapping[str, int]) -> str:
@@ -237,9 +268,13 @@ def _state(state: Mapping[str, int]) -> str:
 
 
 def _cost(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = ("tokens", "stage_seconds", "tokens_per_second", "peak_memory_bytes", "peak_gpu_bytes")
-    rows = [(name, *(number(values.get(column)) for column in columns)) for name, values in metrics.items()]
-    return table(("stage", "tokens", "seconds", "tokens/s", "peak memory, bytes", "peak GPU memory, bytes"), rows)
+    columns = ("tokens", "stage_seconds", "tokens_per_second")
+    peaks = ("peak_memory_bytes", "peak_gpu_bytes")
+    rows = [
+        (name, *(number(values.get(c)) for c in columns), *(_gib(values.get(peak)) for peak in peaks))
+        for name, values in metrics.items()
+    ]
+    return table(("stage", "tokens", "seconds", "tokens/s", "peak memory, GiB", "peak GPU memory, GiB"), rows)
 
 
 def _lineage(facts: Facts) -> str:

@@ -32,6 +32,7 @@ from tasks.tracking import connect, experiment_id
 
 HOST = "127.0.0.1"
 POOL = "lolcats"
+SERVICES = ("mlflow", "prefect", "worker")
 AUTH = "LOLCATS_AUTH"
 MIN_PASSWORD = 12  # what MLflow asks for
 START_SECONDS, STOP_SECONDS = 180.0, 20.0
@@ -61,35 +62,35 @@ def main() -> int:
 def start(root: Path) -> dict[str, str]:
     """Start the three, deploy the flows of prefect.yaml, and return the variables that their clients need.
 
+    Where some of the three still run, only those that are gone are started, on the ports and with the login as before.
+
     Raises:
-        UserError: they run already, a port is taken, or one of them does not come up.
+        UserError: all run already, a port is taken, or one of them does not come up.
     """
     running = _running(root)
-    if running:
-        raise UserError(f"{', '.join(running)} already runs; `make stop` ends it")
-    prefect, mlflow = _port("LOLCATS_PREFECT_PORT", 4200), _port("LOLCATS_MLFLOW_PORT", 5000)
-    login = _login()
-    # The experiment keeps its artifacts in mlartifacts/, whether the server or a command without it writes them.
-    with _without("MLFLOW_TRACKING_URI"):
-        experiment_id(connect(root), root)
-    variables = _client_variables(root, prefect, mlflow, login)
+    if len(running) == len(SERVICES):
+        raise UserError(f"{', '.join(running)} run already; `make stop` ends them")
+    servers = [name for name in ("mlflow", "prefect") if name not in running]
+    for name in servers:
+        _end(_group(root, name))  # what its main process, killed alone, left behind on its port
+    variables = _saved(root) if running else _fresh(root)
     try:
-        _launch(root, "mlflow", _mlflow_command(root, mlflow, login), _mlflow_environment(root, variables, login))
-        environment = _prefect_environment(variables, login)
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]
-        _launch(root, "prefect", command, environment)
+        for name in servers:
+            _launch(root, name, *_server(root, name, variables))
         _wait(root, "mlflow", lambda: _answers(f"{variables['MLFLOW_TRACKING_URI']}/health"))
         _wait(root, "prefect", lambda: _answers(f"{variables['PREFECT_API_URL']}/health"))
-        pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
-        for arguments in (pool, ["--no-prompt", "deploy", "--all"]):
-            _call([sys.executable, "-m", "prefect", *arguments], root, environment)
-        _call([sys.executable, "-m", "flows.automations"], root, environment)
-        _launch(root, "worker", [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL], environment)
+        environment = _prefect_environment(variables)
+        if not running:
+            pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
+            for arguments in (pool, ["--no-prompt", "deploy", "--all"]):
+                _call([sys.executable, "-m", "prefect", *arguments], root, environment)
+            _call([sys.executable, "-m", "flows.automations"], root, environment)
+        if "worker" not in running:
+            _launch(root, "worker", [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL], environment)
     except BaseException:
-        stop(root)
+        if not running:
+            stop(root)
         raise
-    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
-    _private(_state(root).with_suffix(".env"), exports)
     return variables
 
 
@@ -98,21 +99,54 @@ def stop(root: Path) -> list[str]:
 
     A process is known by its pid and the time at which it started, so no other one is ended in its place.
     """
-    ended = []
-    for name, process in reversed(_running(root).items()):
-        tree = [process]
-        with contextlib.suppress(psutil.Error):
-            tree += process.children(recursive=True)
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=STOP_SECONDS)
-        for left in alive:
+    running, ended = _running(root), []
+    for name in reversed(SERVICES):
+        tree = _group(root, name) + (_flows(root) if name == "worker" else [])
+        if name in running:
             with contextlib.suppress(psutil.Error):
-                left.kill()
-        ended.append(name)
+                tree += running[name].children(recursive=True)
+            tree = [running[name], *tree]
+        if _end(tree):
+            ended.append(name)
     for suffix in (".json", ".env"):
         _state(root).with_suffix(suffix).unlink(missing_ok=True)
     return ended
+
+
+def _end(processes: list[psutil.Process]) -> bool:
+    """End the first one in order, which ends the others, and then what is left; whether there was any."""
+    for process in processes[:1]:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS if processes else 0)
+    for left in alive:
+        with contextlib.suppress(psutil.Error):
+            left.kill()
+    return bool(processes)
+
+
+def _group(root: Path, name: str) -> list[psutil.Process]:
+    """The processes that a service started, also after it was killed itself: its process group, in this project."""
+    leader = int(_known(root).get(name, [0])[0])
+
+    def belongs(process: psutil.Process) -> bool:
+        return os.getpgid(process.pid) == leader and process.pid != leader
+
+    return _here(root, belongs) if leader else []
+
+
+def _flows(root: Path) -> list[psutil.Process]:
+    """The flows that a worker started, also after it was killed."""
+    return _here(root, lambda process: process.cmdline()[1:] == ["-m", "prefect.engine"])
+
+
+def _here(root: Path, chosen: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if chosen(process) and Path(process.cwd()) == root:
+                found.append(process)
+    return found
 
 
 def _state(root: Path) -> Path:
@@ -139,7 +173,7 @@ def _running(root: Path) -> dict[str, psutil.Process]:
 def _launch(root: Path, name: str, command: list[str], environment: Mapping[str, str]) -> None:
     log = root / ".prefect" / f"{name}.log"
     log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as output:
+    with log.open("ab" if name in _known(root) else "wb") as output:  # brought back: what it said before stays
         process = subprocess.Popen(
             command,
             cwd=root,
@@ -204,23 +238,57 @@ def _login() -> tuple[str, str] | None:
     return user, password
 
 
-def _client_variables(root: Path, prefect: int, mlflow: int, login: tuple[str, str] | None) -> dict[str, str]:
+def _fresh(root: Path) -> dict[str, str]:
+    """The variables of clients, from this environment; written into services.env before a server is there."""
+    prefect, mlflow = _port("LOLCATS_PREFECT_PORT", 4200), _port("LOLCATS_MLFLOW_PORT", 5000)
     variables = {
         "LOLCATS_ROOT": str(root),
         "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow}",
         "PREFECT_API_URL": f"http://{HOST}:{prefect}/api",
         "PREFECT_HOME": str(root / ".prefect"),
     }
-    if login:
+    if login := _login():
         variables |= {
             "MLFLOW_TRACKING_USERNAME": login[0],
             "MLFLOW_TRACKING_PASSWORD": login[1],
             "PREFECT_API_AUTH_STRING": ":".join(login),
         }
+    # The experiment keeps its artifacts in mlartifacts/, whether the server or a command without it writes them.
+    with _without("MLFLOW_TRACKING_URI"):
+        experiment_id(connect(root), root)
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
+    _private(_state(root).with_suffix(".env"), exports)
     return variables
 
 
-def _prefect_environment(variables: Mapping[str, str], login: tuple[str, str] | None) -> dict[str, str]:
+def _saved(root: Path) -> dict[str, str]:
+    """What `_fresh` wrote.
+
+    Raises:
+        UserError: it is gone.
+    """
+    try:
+        words = shlex.split(_state(root).with_suffix(".env").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError("some servers run, but .prefect/services.env is gone; `make stop` ends them") from None
+    return dict(word.split("=", 1) for word in words if word != "export")
+
+
+def _server(root: Path, name: str, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a server."""
+    url = {"mlflow": variables["MLFLOW_TRACKING_URI"], "prefect": variables["PREFECT_API_URL"].removesuffix("/api")}
+    listen = ["--host", HOST, "--port", url[name].rpartition(":")[2]]
+    if name == "prefect":
+        return [sys.executable, "-m", "prefect", "server", "start", *listen], _prefect_environment(variables)
+    command = [sys.executable, "-m", "mlflow", "server", *listen, "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
+    command += ["--artifacts-destination", str(root / "mlartifacts")]
+    if "MLFLOW_TRACKING_PASSWORD" in variables:
+        command += ["--app-name", "basic-auth"]
+    return command, _mlflow_environment(root, variables)
+
+
+def _prefect_environment(variables: Mapping[str, str]) -> dict[str, str]:
     environment = {
         **os.environ,
         "DO_NOT_TRACK": "1",
@@ -232,30 +300,24 @@ def _prefect_environment(variables: Mapping[str, str], login: tuple[str, str] | 
     }
     environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
     environment.pop(AUTH, None)
-    if login:
-        environment["PREFECT_SERVER_API_AUTH_STRING"] = ":".join(login)
+    if login := variables.get("PREFECT_API_AUTH_STRING"):
+        environment["PREFECT_SERVER_API_AUTH_STRING"] = login
     return environment
 
 
-def _mlflow_command(root: Path, port: int, login: tuple[str, str] | None) -> list[str]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(root / "mlartifacts")]
-    return [*command, "--app-name", "basic-auth"] if login else command
-
-
-def _mlflow_environment(root: Path, variables: Mapping[str, str], login: tuple[str, str] | None) -> dict[str, str]:
+def _mlflow_environment(root: Path, variables: Mapping[str, str]) -> dict[str, str]:
     environment = {**os.environ, "DO_NOT_TRACK": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # nothing here uses MLflow's own job runner
     for name in ("MLFLOW_TRACKING_URI", AUTH):
         environment.pop(name, None)
-    if login:
+    if password := variables.get("MLFLOW_TRACKING_PASSWORD"):
         folder = root / ".prefect" / "mlflow-auth"
         if folder.exists():
             shutil.rmtree(folder)  # so that another password than last time counts
         folder.mkdir(parents=True, mode=0o700)
         lines = ["[mlflow]", "default_permission = NO_PERMISSIONS", f"database_uri = sqlite:///{folder / 'users.db'}"]
-        lines += [f"admin_username = {login[0]}", f"admin_password = {login[1].replace('%', '%%')}"]
+        lines += [f"admin_username = {variables['MLFLOW_TRACKING_USERNAME']}"]
+        lines += [f"admin_password = {password.replace('%', '%%')}"]
         lines += ["authorization_function = mlflow.server.auth:authenticate_request_basic_auth"]
         _private(folder / "auth.ini", "\n".join(lines) + "\n")
         environment["MLFLOW_AUTH_CONFIG_PATH"] = str(folder / "auth.ini")
@@ -265,6 +327,7 @@ def _mlflow_environment(root: Path, variables: Mapping[str, str], login: tuple[s
 
 def _private(path: Path, text: str) -> None:
     """Write a file that only its owner can read, before anything stands in it."""
+    path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     with path.open("w", encoding="utf-8") as file:

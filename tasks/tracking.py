@@ -18,13 +18,14 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lolcats_core.errors import Unavailable, UserError
 from lolcats_core.machine import versions
 from lolcats_core.params import Params
+from tasks.history import KEPT
 from tasks.logs import quiet_libraries
 
 logger = logging.getLogger(__name__)
@@ -100,8 +101,11 @@ def experiment_id(client: Any, root: Path) -> str:
     return str(found.experiment_id)
 
 
-def git_state(root: Path) -> tuple[str, bool]:
-    """Commit of the checkout, and whether tracked files differ from it; ``("unknown", True)`` outside git."""
+def git_state(root: Path, besides: Sequence[str] = KEPT) -> tuple[str, bool]:
+    """Commit of the checkout, and whether other tracked files than `besides` differ; ``("unknown", True)`` outside git.
+
+    By default `besides` are the files that a run's own commit keeps (`tasks.history.keep_lock`).
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -110,7 +114,8 @@ def git_state(root: Path) -> tuple[str, bool]:
 
     try:
         commit = git("rev-parse", "HEAD").strip()
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+        excluded = [f":(exclude){name}" for name in besides]
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     except (OSError, subprocess.SubprocessError):
         return "unknown", True
     return commit, bool(changes.strip())

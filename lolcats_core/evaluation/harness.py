@@ -36,7 +36,8 @@ class TaskResult:
     """One task (or group of tasks, pooled over items as MMLU is) on one model.
 
     Attributes:
-        metric: the primary metric, such as ``acc``; `value` and `stderr` are its mean and standard error.
+        metric: the primary metric, such as ``acc``; `value` and `stderr` are its mean and standard error. That of a
+            group is over all items alike, where lm-eval's own leaves out how its members differ.
         higher_is_better: false for perplexities.
         chance: what guessing reaches, from the number of options of each item; 0 where an answer is generated; None
             for metrics without such a floor (perplexities).

@@ -28,8 +28,8 @@ from torch import Tensor
 from lolcats_core.errors import UserError
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"
-# Bytes of a block, at least one batch.
-BLOCK = 256 * 2**20
+# Bytes of a block, at least one batch. After each one everything waits until it has arrived.
+BLOCK = 2**30
 
 
 class HiddenBuffer:
@@ -67,15 +67,19 @@ class HiddenBuffer:
         self.rows, self.folder, self.writer = rows, folder, writer
         self.device = device or torch.device("cpu")
         self._pool, self._pending = ThreadPoolExecutor(1, thread_name_prefix="hidden"), deque[Future[None]]()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-ahead")
+        self._ahead: tuple[int, bytes, Future[Tensor]] | None = None
         row_bytes = tokens * width * dtype.itemsize
         self.block = batch * min(max(1, block_bytes // (row_bytes * batch)), -(-rows // batch))
         self.blocks = -(-rows // self.block)
         shape = ((self.blocks + 1) * self.block, tokens, width)
         self.layer, self.done = 0, 0
+        self._locked = False  # whether the device copies from and to the rows directly
         self._key = f"{rows}x{tokens}x{width} {dtype} by {self.block}, boot {_boot_id()}"
         if folder is None:
             self._data = torch.empty(shape, dtype=dtype)
             if self.device.type == "cuda" and _page_lock(self._data):
+                self._locked = True
                 weakref.finalize(self, _page_unlock, self._data).atexit = False
             return
         if writer and not resume:
@@ -119,19 +123,28 @@ class HiddenBuffer:
         """The rows of a block."""
         return range(block * self.block, min((block + 1) * self.block, self.rows))
 
+    def expect(self, layer: int, rows: np.ndarray) -> None:
+        """Begin to bring together what the next `read` will ask for, on a thread of its own."""
+        if not self._locked:
+            places = self._places(layer, rows)
+            self._ahead = layer, places.tobytes(), self._reader.submit(self._gather, places)
+
     def read(self, layer: int, rows: np.ndarray) -> Tensor:
         """Inputs [n, T, d] of `layer` on the device."""
-        places = self._places(layer, rows)
-        if self.device.type != "cuda":
-            return self._data[torch.from_numpy(places)].to(self.device)
-        out = torch.empty((len(rows), *self._data.shape[1:]), dtype=self._data.dtype, device=self.device)
-        if self._data.is_pinned():
+        places, (ahead, self._ahead) = self._places(layer, rows), (self._ahead, None)
+        if self._locked:
+            out = torch.empty((len(rows), *self._data.shape[1:]), dtype=self._data.dtype, device=self.device)
             for i, place in enumerate(places):
                 out[i].copy_(self._data[place], non_blocking=True)
             return out
-        staged = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        torch.index_select(self._data, 0, torch.from_numpy(places), out=staged)
-        return out.copy_(staged, non_blocking=True)
+        expected = ahead is not None and ahead[:2] == (layer, places.tobytes())
+        gathered = cast(Any, ahead)[2].result() if expected else self._gather(places)
+        return gathered.to(self.device, non_blocking=True)
+
+    def _gather(self, places: np.ndarray) -> Tensor:
+        shape = (len(places), *self._data.shape[1:])
+        staged = torch.empty(shape, dtype=self._data.dtype, pin_memory=self.device.type == "cuda")
+        return torch.index_select(self._data, 0, torch.from_numpy(places), out=staged)
 
     def write(self, layer: int, rows: np.ndarray, hidden: Tensor) -> None:
         """Put inputs of `layer` into the block that comes next; `commit` makes them count."""
@@ -139,7 +152,7 @@ class HiddenBuffer:
         target = self._data[first : first + len(rows)]
         if hidden.device.type != "cuda":
             target.copy_(hidden)
-        elif target.is_pinned():
+        elif self._locked:
             target.copy_(hidden, non_blocking=True)
         else:
             staged = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lolcats_core.config import LinearizeConfig
-from lolcats_core.errors import UserError
+from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.evaluation.forward import rows_per_forward
 from lolcats_core.evaluation.perplexity import PerplexityResult, next_token_targets, summed_cross_entropy
 from lolcats_core.modeling import empty_student, read_feature_maps
+from lolcats_core.progress import progress
 from lolcats_core.streaming.buffer import HiddenBuffer
 from lolcats_core.streaming.sweep import Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
@@ -55,12 +57,19 @@ def open_sweep(
 
 
 def streamed_logits(
-    sweep: Sweep, rows: Rows, *, batch_size: int, max_rows: int | None = None, folder: Path | None = None
+    sweep: Sweep,
+    rows: Rows,
+    *,
+    batch_size: int,
+    max_rows: int | None = None,
+    folder: Path | None = None,
+    label: str = "layer by layer",
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of the first `max_rows` rows, each with its logits [B, T, V], after one pass over the layers.
 
     Args:
         folder: keep the hidden states in a file there, removed at the end; None keeps them in memory.
+        label: of the progress, which counts layers.
 
     Raises:
         UserError: the weights lack a tensor, or the hidden states do not fit on the disk.
@@ -97,13 +106,15 @@ def streamed_logits(
     try:
         with sweep.end("embedding"):
             advance(0, lambda _, batch: sweep.embed(batch))
-        for index in range(len(sweep.layers)):
+        with progress(len(sweep.layers), label) as shown:
+            for index in range(len(sweep.layers)):
 
-            def compute(hidden: Tensor | None, batch: dict[str, Tensor], index: int = index) -> Tensor | None:
-                return sweep.forward_layer(index, cast(Tensor, hidden), batch)
+                def compute(hidden: Tensor | None, batch: dict[str, Tensor], index: int = index) -> Tensor | None:
+                    return sweep.forward_layer(index, cast(Tensor, hidden), batch)
 
-            with sweep.layer(index):
-                advance(index + 1, compute)
+                with sweep.layer(index):
+                    advance(index + 1, compute)
+                shown.update(1)
         with sweep.end("head"):
             for places, batch in batches(range(count)):
                 hidden = buffer.read(len(sweep.layers), places)
@@ -113,18 +124,31 @@ def streamed_logits(
 
 
 def streamed_perplexity(
-    sweep: Sweep, rows: Rows, *, batch_size: int, max_rows: int | None = None, folder: Path | None = None
+    sweep: Sweep,
+    rows: Rows,
+    *,
+    batch_size: int,
+    max_rows: int | None = None,
+    folder: Path | None = None,
+    name: str = "the model",
 ) -> PerplexityResult:
     """What `perplexity` gives for the whole model: the loss in fp32, summed in fp64.
 
+    Args:
+        name: what errors and the progress call the model.
+
     Raises:
+        DivergedError: the loss is NaN or infinite.
         UserError: there is no token to predict, or see `streamed_logits`.
     """
     loss, tokens = 0.0, 0
-    for batch, logits in streamed_logits(sweep, rows, batch_size=batch_size, max_rows=max_rows, folder=folder):
+    options: dict[str, Any] = {"batch_size": batch_size, "max_rows": max_rows, "folder": folder}
+    for batch, logits in streamed_logits(sweep, rows, label=f"perplexity of {name}, layer by layer", **options):
         targets, counted = next_token_targets(batch)
         loss += summed_cross_entropy(logits[:, :-1], targets, counted)
         tokens += int(counted.sum())
     if tokens == 0:
         raise UserError(f"{len(rows)} rows of {rows.sequence_length} tokens hold no token to predict")
+    if not math.isfinite(loss):
+        raise DivergedError(f"the loss of {name} is {loss}; it has diverged: use `compute.precision: float32`")
     return PerplexityResult.from_sum(loss, tokens)

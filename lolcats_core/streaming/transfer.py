@@ -15,6 +15,7 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,17 +86,29 @@ class Calibration:
 
 
 class _HiddenRows:
-    """The training rows as `train` reads them: a layer's inputs instead of token ids."""
+    """The training rows as `train` reads them: a layer's inputs instead of token ids.
 
-    def __init__(self, calibration: Calibration, buffer: HiddenBuffer, layer: int) -> None:
-        self.calibration, self.buffer, self.layer = calibration, buffer, layer
+    `following` says which rows are read after which, so that they are brought together ahead.
+    """
+
+    def __init__(
+        self, calibration: Calibration, buffer: HiddenBuffer, layer: int, following: dict[bytes, np.ndarray]
+    ) -> None:
+        self.calibration, self.buffer, self.layer, self.following = calibration, buffer, layer, following
         self.sequence_length = calibration.rows.sequence_length
 
     def __len__(self) -> int:
         return len(self.calibration.rows)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        return self.at(np.searchsorted(self.calibration.train, np.asarray(indices)))
+        indices = np.asarray(indices)
+        batch = self.at(self._places(indices))
+        if indices.tobytes() in self.following:
+            self.buffer.expect(self.layer, self._places(self.following[indices.tobytes()]))
+        return batch
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.calibration.train, indices)
 
     def at(self, places: np.ndarray) -> dict[str, Tensor]:
         batch = self.calibration.batch(places)
@@ -123,6 +136,10 @@ class StreamedTransfer:
         self.scratch, self.seed, self.log = scratch, seed, log
         self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
         self.names = names
+        steps = range(total_steps(len(calibration.rows), params))
+        batches = [step_batches(len(calibration.rows), params, seed, step) for step in steps]
+        mine = [parallel.part(indices)[0] for step in batches for indices in step]
+        self.following = {before.tobytes(): after for before, after in pairwise(mine)}
         self.generator = torch.Generator().manual_seed(seed)
         config = cast(Any, sweep.model.config)
         self.make_buffer = lambda writer: HiddenBuffer(
@@ -187,7 +204,7 @@ class StreamedTransfer:
         wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
         for name, value in initial.items():
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
-        rows = _HiddenRows(self.calibration, self.buffer, index)
+        rows = _HiddenRows(self.calibration, self.buffer, index, self.following)
 
         def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
             def observe(*arguments: Any) -> None:
@@ -247,14 +264,15 @@ class StreamedTransfer:
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.sweep.device
         for block in buffer.next_block(target):
-            for places in self.calibration.groups(buffer.block_rows(block), self.params.batch_size):
-                mine, share = parallel.part(places)
-                if not share:
-                    continue
+            groups = self.calibration.groups(buffer.block_rows(block), self.params.batch_size)
+            parts = [mine for mine, share in map(parallel.part, groups) if share]
+            for number, mine in enumerate(parts):
                 batch = self.calibration.batch(mine)
                 if target:
                     batch = {**batch, "hidden": buffer.read(target - 1, mine)}
                     del batch["input_ids"]
+                    for after in parts[number + 1 : number + 2]:
+                        buffer.expect(target - 1, after)
                 out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 buffer.write(target, mine, cast(Tensor, out))
             buffer.settle()

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from lolcats_core.doctor import doctor, duration, flops_per_token, model_shape, planned_tokens, train_memory
+from lolcats_core.doctor import (
+    GIB,
+    doctor,
+    duration,
+    evaluated_by_layers,
+    flops_per_token,
+    model_shape,
+    planned_tokens,
+    train_memory,
+)
 from lolcats_core.known_models import KNOWN_MODELS, ModelShape
 from lolcats_core.params import Params, apply_overrides, params_from_dict, presets, read_preset, read_yaml
 from tests.core.tiny import tiny_teacher
@@ -72,6 +81,22 @@ def test_checkpointing_and_smaller_batches_need_less_memory() -> None:
     assert checkpointed["finetune"] < full["finetune"]
     assert full["transfer"] < full["finetune"]
     assert full["transfer"] > 2 * shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "gib"), [("transfer", 8, 16.0), ("finetune", 8, 77.0), ("finetune", 4, 46.1)]
+)
+def test_memory_is_what_was_measured_on_a_gpu(stage: str, rows: int, gib: float) -> None:
+    """Peaks of docs/performance.md, Llama-3.1-8B shapes, rows of 1024 tokens."""
+    changes = {f"{stage}.batch_size": rows, "data.sequence_length": 1024, "compute.gradient_checkpointing": False}
+    estimate = train_memory(preset("llama3_1_8b", **changes), KNOWN_MODELS["meta-llama/Llama-3.1-8B"])[stage]
+    assert estimate == pytest.approx(gib * GIB, rel=0.05)
+
+
+def test_models_that_fill_the_device_are_evaluated_layer_by_layer() -> None:
+    params, shape = preset("llama3_1_70b"), KNOWN_MODELS["meta-llama/Llama-3.1-70B"]
+    weights = 2 * shape.parameters
+    assert [evaluated_by_layers(params, shape, times * weights) for times in (1.0, 1.2)] == [True, False]
 
 
 def test_planned_tokens_follow_steps_and_bounds() -> None:

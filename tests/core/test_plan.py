@@ -49,6 +49,16 @@ def test_more_gpus_take_less_time_and_less_of_the_weights() -> None:
             assert eight[key].memory < two[key].memory
 
 
+def test_several_gpus_divide_the_layers_and_the_rows_but_not_the_embeddings() -> None:
+    params, shape = preset("llama3_1_8b", **{"finetune.batch_size": 8}), SHAPES["llama3_1_8b"]
+    layers, own = 2 * shape.layers * shape.layer_parameters, 2 * shape.parameters
+    one, four = (modes(params, shape, gpus, "h200") for gpus in (1, 4))
+    graph = one["finetune", "whole, checkpointing"].memory - own
+    found = four["finetune", "divided, checkpointing"].memory
+    held = layers / 4 + 2 * 2 * shape.layer_parameters + own - layers
+    assert held + graph / 8 < found < held + graph  # the graph is that of two rows instead of eight
+
+
 def test_a_quantized_base_makes_70b_fit_where_the_whole_does_not() -> None:
     choices = modes(preset("llama3_1_70b"), SHAPES["llama3_1_70b"], 1, "h200")
     assert not choices["finetune", "whole, checkpointing"].fits

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core import losses
+from lolcats_core import losses, segments
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora, low_rank_finetune, next_token_loss
 from lolcats_core.losses import output_logits
@@ -106,3 +106,25 @@ def test_offloaded_activations_give_the_same_weights(tmp_path: Path) -> None:
         )
         found.append({name: p for name, p in model.named_parameters() if "lora_" in name})
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_what_is_offloaded_is_not_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = add_lora(tiny_student(), FinetuneParams(lora_rank=2), seed=0)
+    moved: list[torch.Tensor] = []
+
+    def watched(tensor: torch.Tensor, real: Any = segments._to_host) -> torch.Tensor:
+        moved.append(tensor)
+        return real(tensor)
+
+    monkeypatch.setattr(segments, "_to_host", watched)
+    rows = FakeRows(2)
+    with segments.offloaded():
+        loss = next_token_loss(model, rows.batch([0, 1]))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    assert not [x.shape for x in moved if x.untyped_storage().data_ptr() in weights]
+    assert sum(x.numel() for x in moved) > 1000
+    loss.backward()
+    kept = gradients(model)
+    next_token_loss(model, rows.batch([0, 1])).backward()
+    assert kept
+    assert all(torch.equal(value, kept[name]) for name, value in gradients(model).items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -14,7 +15,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from tasks import services
 from tests.conftest import ROOT, run_git
 from tests.tasks.processes import wait_for
 
@@ -60,20 +63,46 @@ def free_port() -> int:
 
 
 class Servers:
-    """What `make serve` started, and the little of Prefect's API that a test needs."""
+    """`make serve` and `make stop` for a project, and the little of Prefect's API that a test needs."""
 
-    def __init__(self, root: Path, variables: dict[str, str], environment: dict[str, str]) -> None:
-        self.root, self.variables, self.environment = root, variables, environment
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self.root, self.environment = root, environment
+        self.variables: dict[str, str] = {}
 
-    def api(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """One call of Prefect's API."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.variables['PREFECT_API_URL']}{path}",
-            data,
-            {"Content-Type": "application/json"},
-            method=method or ("GET" if body is None else "POST"),
+    def serve(self) -> None:
+        """`make serve`: start what does not run."""
+        self._services("start")
+        lines = (self.root / ".prefect" / "services.env").read_text().splitlines()
+        self.variables = dict(line.removeprefix("export ").split("=", 1) for line in lines)
+
+    def bring_back(self) -> None:
+        """`make serve` again, which starts what is gone; in this process, which saves seconds of imports."""
+        with mock.patch.dict(os.environ, self.environment):
+            services.start(self.root)
+
+    def stop(self) -> None:
+        """`make stop`."""
+        self._services("stop")
+
+    def _services(self, action: str) -> None:
+        command = [sys.executable, "-m", "tasks.services", action]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """A module of this Python in the project, as a person calls it after `. .prefect/services.env`."""
+        environment = {**self.environment, **self.variables}
+        return subprocess.run(
+            [sys.executable, "-m", *command], cwd=self.root, env=environment, capture_output=True, text=True
         )
+
+    def api(self, path: str, body: Any = None) -> Any:
+        """One call of Prefect's API."""
+        headers = {"Content-Type": "application/json"}
+        if login := self.variables.get("PREFECT_API_AUTH_STRING"):
+            headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.variables['PREFECT_API_URL']}{path}", data, headers)
         for attempt in range(5):
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -129,16 +158,9 @@ def serving(root: Path, **more: str) -> Iterator[Servers]:
     environment = {**os.environ, **QUICK, "LOLCATS_ROOT": str(root), "PREFECT_HOME": str(root / ".prefect"), **more}
     environment |= {"LOLCATS_PREFECT_PORT": str(free_port()), "LOLCATS_MLFLOW_PORT": str(free_port())}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-
-    def services(action: str) -> None:
-        command = [sys.executable, "-m", "tasks.services", action]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    services("start")
+    servers = Servers(root, environment)
+    servers.serve()
     try:
-        lines = (root / ".prefect" / "services.env").read_text().splitlines()
-        variables = dict(line.removeprefix("export ").split("=", 1) for line in lines)
-        yield Servers(root, variables, environment)
+        yield servers
     finally:
-        services("stop")
+        servers.stop()

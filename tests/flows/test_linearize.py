@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import yaml
 
+from flows import delivery
 from flows.linearize import stage_tasks
 from tasks.tracking import close_abandoned, connect, experiment_id
 from tests.conftest import run_git
@@ -187,3 +189,14 @@ def test_a_failing_stage_ends_the_flow_with_one_line_and_registers_nothing(short
     assert "Traceback" not in log.read_text()
     assert {run.info.status for run in all_runs(short_project)} == {"FAILED"}
     assert connect(short_project).search_registered_models() == []
+
+
+def test_a_page_that_prefect_does_not_take_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise httpx.ConnectError("connection refused")
+
+    monkeypatch.setattr(delivery, "create_markdown_artifact", refuse)
+    delivery.show("# page", "summary", "a page")
+    assert "did not take the page 'summary': connection refused" in caplog.text

@@ -1,22 +1,37 @@
-"""Operated for real: servers, worker, schedule, event; promotion, refusal and rollback of versions."""
+"""Operated for real: servers with a login, worker, schedule, event, webhook; promotion, refusal, rollback, resumption.
+
+The tests share one served project and follow each other.
+"""
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
+import json
+import re
+import stat
+import urllib.error
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from lolcats_core.files import sha256_tree
 from tasks import registry
 from tasks.promotion import CHAMPION, PREVIOUS, alias_version
 from tasks.tracking import connect
 from tests.conftest import run_git
-from tests.flows.operations import Servers, operate, serving
-from tests.tasks.processes import processes_in
+from tests.flows.conftest import LOGIN, Operated
+from tests.flows.faults import Campaign, Project, made_from
+from tests.flows.operations import Servers
+from tests.tasks.processes import processes_in, wait_for
 
+pytestmark = pytest.mark.slow
 NIGHTLY = "relinearize/nightly"
 NAME = "lolcats-demo"
 
@@ -49,59 +64,154 @@ def emit(servers: Servers, event: str) -> None:
     servers.api("/events", [{"id": str(uuid.uuid4()), "event": event, "occurred": now, "resource": resource}])
 
 
-@pytest.mark.slow
-def test_schedule_event_promotion_refusal_and_rollback(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = operate(fake_project)
-    with serving(fake_project) as servers:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", servers.variables["MLFLOW_TRACKING_URI"])
+def test_schedule_event_promotion_refusal_and_rollback(operated: Operated) -> None:
+    root, data, servers = operated.root, operated.data, operated.servers
 
-        def ended(run: str) -> tuple[str, str]:
-            state = servers.ended(run)
-            return state["name"], state["message"] or servers.log()
+    def ended(run: str) -> tuple[str, str]:
+        state = servers.ended(run)
+        return state["name"], state["message"] or servers.log()
 
-        # By schedule; the first student is the champion.
-        once_by_schedule(servers)
-        name, message = ended(servers.new_run(NIGHTLY, 0))
-        assert (name, "version 1 is the champion" in message) == ("Promoted", True), message
-        first = champion(fake_project)
-        assert first is not None
-        assert first[0] == "1"
+    # By schedule; the first student is the champion.
+    once_by_schedule(servers)
+    name, message = ended(servers.new_run(NIGHTLY, 0))
+    assert (name, message) == ("Promoted", "version 1 is the champion")
+    first = champion(root)
+    assert first is not None
+    assert first[0] == "1"
 
-        # By event; nothing changed, so there is no version.
-        emit(servers, "lolcats.changed")
-        name, message = ended(servers.new_run(NIGHTLY, 1))
-        assert name == "UpToDate", message
-        assert versions(fake_project) == 1
+    # By event; nothing changed, so there is no version.
+    emit(servers, "lolcats.changed")
+    name, message = ended(servers.new_run(NIGHTLY, 1))
+    assert name == "UpToDate", message
+    assert versions(root) == 1
 
-        # By hand; the text changed and the student is better.
-        data.write_text("11.5")
-        name, message = ended(servers.run(NIGHTLY))
-        assert name == "Promoted", message
-        second = champion(fake_project)
-        assert second is not None
-        assert (second[0], champion(fake_project, PREVIOUS)) == ("2", first)
-        assert second[1] != first[1]
+    # By hand; the text changed and the student is better.
+    data.write_text("11.5")
+    name, message = ended(servers.run(NIGHTLY))
+    assert name == "Promoted", message
+    second = champion(root)
+    assert second is not None
+    assert (second[0], champion(root, PREVIOUS)) == ("2", first)
+    assert second[1] != first[1]
 
-        # The text changed and the student is worse: refused with the reason, the champion stays.
-        data.write_text("30.0")
-        name, message = ended(servers.run(NIGHTLY))
-        assert name == "Refused", message
-        assert "perplexity" in message
-        assert champion(fake_project) == second
-        assert versions(fake_project) == 3
+    # The text changed and the student is worse: refused with the reason, the champion stays.
+    data.write_text("30.0")
+    name, message = ended(servers.run(NIGHTLY))
+    assert name == "Refused", message
+    assert "perplexity" in message
+    assert champion(root) == second
+    assert versions(root) == 3
 
-        # Back: the first student serves again, byte for byte.
-        assert servers.ended(servers.run("rollback/local"))["type"] == "COMPLETED", servers.log()
-        assert champion(fake_project) == first
-        assert champion(fake_project, PREVIOUS) == second
+    # Back: the first student serves again, byte for byte.
+    assert servers.ended(servers.run("rollback/local"))["type"] == "COMPLETED", servers.log()
+    assert champion(root) == first
+    assert champion(root, PREVIOUS) == second
 
-        report = connect(fake_project).get_model_version(NAME, "3").tags
-        assert report["gates"] == "refused"
-        branches = run_git(fake_project, "branch", "--list", "relinearize/*").split()
-        assert len(branches) == 1
-        assert "11.5" not in run_git(fake_project, "status", "--porcelain")
-        assert set(artifact_keys(servers)) == {"changes", "gates", "summary"}
-    assert list(processes_in(fake_project)) == []
+    tags = connect(root).get_model_version(NAME, "3").tags
+    assert (tags["gates"], tags["git.dirty"]) == ("refused", "false")
+    assert run_git(root, "branch", "--list", "relinearize/*").split() == [tags["lock.branch"]]
+    assert "11.5" not in run_git(root, "status", "--porcelain")
+    assert set(artifact_keys(servers)) == {"changes", "gates", "summary"}
+
+
+def test_the_refusal_and_nothing_else_was_posted_to_the_webhook(operated: Operated) -> None:
+    wait_for(lambda: operated.messages, 30, "a message")
+    (message,) = operated.messages
+    assert re.match(r"relinearize/[\w-]+: Refused. version 3 is refused, the champion stays: ", message["text"])
+    assert operated.servers.api(f"/flow_runs/{message['flow_run_id']}")["state"]["name"] == "Refused"
+
+
+def test_both_servers_ask_for_the_login(operated: Operated) -> None:
+    variables = operated.servers.variables
+    questions = {
+        "Prefect": urllib.request.Request(f"{variables['PREFECT_API_URL']}/admin/version"),
+        "MLflow": urllib.request.Request(
+            f"{variables['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/experiments/get-by-name?experiment_name=lolcats"
+        ),
+    }
+    for login, answer in ((None, 401), ("operator:a-wrong-password", 401), (LOGIN, 200)):
+        for name, question in questions.items():
+            if login:
+                question.add_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
+            try:
+                status = urllib.request.urlopen(question).status
+            except urllib.error.HTTPError as error:
+                status = error.code
+            assert status == answer, (name, login)
+
+
+def test_a_run_with_overrides_by_the_command_line_ends_as_an_experiment_of_its_own(operated: Operated) -> None:
+    values = json.dumps({"finetune.lr": 0.0125})
+    chosen = ["-p", "preset=mistral_7b", "-p", f"set={values}", "-p", "register=false", "--watch"]
+    done = operated.servers.call("prefect", "deployment", "run", "linearize/local", *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr + operated.servers.log()
+    (worktree,) = operated.root.glob(".worktrees/mistral-7b-*")
+    params = yaml.safe_load((worktree / "params.yaml").read_text())
+    assert (params["finetune"]["lr"], params["teacher"]["source"]) == (0.0125, "mistralai/Mistral-7B-v0.1")
+    assert (worktree / "outputs" / "finetune" / "result.txt").read_text() == "finetune 0.0125"
+    assert worktree.name in run_git(operated.root, "for-each-ref", "refs/exps")
+
+
+def test_a_killed_run_starts_again_by_itself_and_continues_from_its_last_step(operated: Operated) -> None:
+    root, servers = operated.root, operated.servers
+    (root / "pause.txt").write_text("0.5")
+    run_git(root, "commit", "--all", "--quiet", "--message", "slower")
+    operated.data.write_text("11.0")
+    run, known = servers.run(NIGHTLY), len(servers.runs(NIGHTLY))
+
+    def step() -> int:
+        files = list(root.glob(".worktrees/relinearize/.scratch/finetune/*/step.txt"))
+        return int(files[0].read_text() or 0) if files else 0
+
+    wait_for(lambda: step() >= 3, 120, "the third step of finetune")
+    (flow,) = [found for found in psutil.process_iter() if is_flow(found, root)]
+    flow.kill()
+    state = servers.ended(run)
+    assert state["name"] == "Crashed", state
+    resumed = servers.new_run(NIGHTLY, known)
+    # Whoever comes while it runs is turned away.
+    assert servers.ended(servers.run(NIGHTLY))["name"] == "Cancelled"
+    state = servers.ended(resumed)
+    assert state["name"] == "Promoted", state["message"]
+    metrics = json.loads((root / ".worktrees/relinearize/outputs/finetune/metrics.json").read_text())
+    assert metrics["started_at"] >= 3
+
+
+def is_flow(process: psutil.Process, root: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[1:] == ["-m", "prefect.engine"] and Path(process.cwd()) == root
+    return False
+
+
+def test_processes_killed_at_random_lose_nothing_and_leave_nothing_half_done(operated: Operated) -> None:
+    """A short form of the campaign in tests/flows/faults.py; docs/operations.md has the counts of the long one."""
+
+    def change(number: int) -> None:
+        operated.data.write_text(str(11.0 - 0.01 * number))
+
+    change(0)
+    project = Project(operated.root, NAME, change, made_from(operated.data), steps=9)
+    campaign = Campaign(project, operated.servers, seed=1, versions=versions(operated.root))
+    campaign.disturb(kills=2)
+    assert sum(campaign.victims.values()) == 2
+
+
+def test_no_secret_is_in_a_store_a_log_or_a_run_and_nothing_is_left_running(operated: Operated) -> None:
+    operated.servers.stop()
+    private = {"services.env", "auth.ini"}
+    secrets = [LOGIN.partition(":")[2].encode(), operated.webhook.rpartition("/")[2].encode()]
+    assert not (operated.root / ".prefect" / "services.env").exists()
+    searched = 0
+    for file in operated.root.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            content = file.read_bytes()
+            if file.name in private:
+                assert stat.S_IMODE(file.stat().st_mode) == 0o600
+            else:
+                assert not [secret for secret in secrets if secret in content], file
+                searched += 1
+    assert searched > 100
+    assert list(processes_in(operated.root)) == []
 
 
 def artifact_keys(servers: Servers) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
@@ -19,7 +19,8 @@ from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.files import write_json
 from lolcats_core.params import ComputeParams, EvaluateParams, Params
-from tasks import evaluate, measurements
+from tasks import evaluate, measurements, report_html, streamed_models
+from tasks.streamed_models import StreamedModels
 from tests.core.evaluation.test_code_continuation import code
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
@@ -101,6 +102,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(measurements, "load_teacher", load)
     monkeypatch.setattr(measurements, "load_tokenizer", lambda pin: byte_tokenizer())
+    monkeypatch.setattr(streamed_models, "verified_folder", lambda pin: pin / "model")
+    monkeypatch.setattr(
+        streamed_models, "teacher_config", lambda stage: AutoConfig.from_pretrained(stage.input("teacher") / "model")
+    )
     return seen
 
 
@@ -207,6 +212,30 @@ def test_without_tasks_or_gaps_only_perplexity_is_measured(outputs: Path, tmp_pa
     metrics = evaluate.run(stage)  # type: ignore[arg-type]
     assert set(stage.figures) == {"perplexity.png"}
     assert not any(name.startswith("recall") for name in metrics)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_models_that_do_not_fit_have_the_same_perplexities_and_say_what_is_left_out(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: list[str], killed: bool
+) -> None:
+    whole = evaluate.run(FakeStage(outputs, tmp_path / "whole"))  # type: ignore[arg-type]
+    monkeypatch.setattr(streamed_models, "device_memory", lambda device: 1000.0)
+    loaded.clear()
+    stage = FakeStage(outputs, tmp_path / "streamed")
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamedModels, "_untrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                evaluate.run(stage)  # type: ignore[arg-type]
+    metrics = evaluate.run(stage)  # type: ignore[arg-type]
+    assert loaded == []
+    assert metrics == {name: pytest.approx(whole[name], rel=1e-5) for name in metrics}
+    assert {f"perplexity_{step}" for step in (*evaluate.STEPS, "bigram")} <= set(metrics)
+    result = json.loads((stage.out / "evaluation.json").read_text())
+    left_out = ["recall_gaps", "tasks", "long_rows", "generation_prompts", "audit_rows"]
+    assert result["left_out"] == left_out
+    assert all(f"{name}" in report_html._left_out(result) for name in left_out)
+    assert not list((stage.scratch / "hidden").iterdir())
 
 
 def test_bfloat16_is_measured_too(outputs: Path, tmp_path: Path) -> None:

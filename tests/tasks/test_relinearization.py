@@ -13,7 +13,9 @@ import pytest
 from lolcats_core.errors import Unavailable, UserError
 from lolcats_core.params import Params, load_params
 from tasks import drift, experiment, graph, registry, relinearization, services
-from tasks.promotion import examine, promote
+from tasks.promotion import examine, promote, rollback
+from tests.conftest import run_git
+from tests.tasks.conftest import set_model
 from tests.tasks.test_promotion import UNPROBED
 
 NAME = "lolcats-demo"
@@ -43,17 +45,34 @@ def test_the_newest_revisions_are_those_of_hub_sources_alone(tmp_path: Path, mon
         relinearization.newest_revisions(both, tmp_path)
 
 
-def test_a_result_that_was_not_registered_or_examined_is_no_finished_one(
+def test_what_a_run_that_was_cut_short_left_undone_is_found_and_a_rolled_back_version_stays_so(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "refresh", lambda root, env: None)
     params = load_params(finished / "params.yaml")
     chosen = experiment.Experiment("relinearize", finished, params, {})
-    assert list(relinearization.changes(finished, chosen)) == ["register"]
-    registry.register(finished, params)
-    assert list(relinearization.changes(finished, chosen)) == ["gates"]
-    examine(finished, NAME, UNPROBED, "1")
-    assert relinearization.changes(finished, chosen) == {}
+
+    def undone() -> list[str]:
+        return list(relinearization.changes(finished, chosen))
+
+    assert undone() == ["register"]
+    version = registry.register(finished, params).version
+    assert undone() == ["commit"]
+    branch = relinearization.commit(finished, chosen, version, {"finetune": ["params.yaml"]})
+    assert run_git(finished, "show", f"{branch}:dvc.lock") == (finished / "dvc.lock").read_text()
+    assert undone() == ["gates"]
+    examine(finished, NAME, UNPROBED, version)
+    assert undone() == ["promote"]
+    promote(finished, NAME, version)
+    assert undone() == []
+
+    set_model(finished, "m2")
+    better = registry.register(finished, params).version
+    relinearization.commit(finished, chosen, better, {})
+    examine(finished, NAME, UNPROBED, better)
+    promote(finished, NAME, better)
+    assert rollback(finished, NAME) == (version, better)
+    assert undone() == []
 
 
 def test_drift_is_the_champion_s_perplexity_on_recent_text_over_that_on_its_own(finished: Path) -> None:

@@ -168,6 +168,8 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
         "0.75x the published recipe's",
     ):
         assert said in page.text, said
+    assert "Copying over 1024 tokens: 0.500 of a string right, the teacher 0.500." in page.text
+    assert "Without its linear branch, the student's perplexity is 1.01 times as high." in page.text
     assert page.text.index("gap 64") < page.text.index("gap 1024")
     assert re.search(r"after low-rank finetuning\s+10\s+1.25x", page.text)
 

@@ -1,0 +1,50 @@
+"""The buffer of hidden states: rows brought together ahead are the rows that are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lolcats_core.streaming.buffer import HiddenBuffer
+from tests.core.streaming.test_transfer import streamed
+from tests.core.tiny import tiny_teacher
+
+
+def test_a_read_gives_its_own_rows_whatever_was_expected(tmp_path: Path) -> None:
+    buffer = HiddenBuffer(6, 3, 4, torch.float32, 2, folder=tmp_path, block_bytes=1)
+    values = torch.randn(6, 3, 4)
+    for block in range(buffer.blocks):
+        rows = np.asarray(buffer.block_rows(block))
+        buffer.write(0, rows, values[rows])
+        buffer.settle()
+        buffer.commit(0, block)
+    asked, other = np.array([5, 0, 3]), np.array([1, 2])
+    buffer.expect(0, asked)
+    assert torch.equal(buffer.read(0, asked), values[asked])
+    buffer.expect(0, other)
+    assert torch.equal(buffer.read(0, asked), values[asked])
+    # What was expected and not asked for is forgotten: these places hold other rows by now.
+    buffer.write(1, np.array([0, 1]), values[2:4])
+    assert torch.equal(buffer.read(1, np.array([0, 1])), values[2:4])
+    assert torch.equal(buffer.read(0, other), values[other])
+
+
+def test_training_and_the_pass_to_the_next_layer_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_teacher().save_pretrained(tmp_path / "teacher")
+    seen: Counter[bool] = Counter()
+
+    def watched(buffer: HiddenBuffer, places: np.ndarray) -> torch.Tensor:
+        seen[threading.current_thread() is not threading.main_thread()] += 1
+        return gather(buffer, places)
+
+    gather = HiddenBuffer._gather
+    monkeypatch.setattr(HiddenBuffer, "_gather", watched)
+    # Layers of 12 steps and 2 validations of 2 batches; 2 passes over 8 batches in blocks of 4.
+    streamed(tmp_path / "teacher", tmp_path / "run", block_bytes=4 * 4 * 40 * 32 * 4)
+    assert seen[True] == 3 * 11 + 2 * 6
+    assert seen[False] == 3 * (1 + 4) + 2 * 2
