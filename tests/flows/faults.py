@@ -120,7 +120,7 @@ class Campaign:
         run = self._next_run()
         while sum(self.victims.values()) < kills:
             if self._reached_random_point(run):
-                hit = {self._kill(run) for _ in range(self.chance.choice([1, 2]))} - {None}
+                hit = {self._kill() for _ in range(self.chance.choice([1, 2]))} - {None}
                 say(f"{sum(self.victims.values()):3d}  {' and '.join(map(str, hit))} killed {self.place}")
                 if hit & set(SERVICES):
                     self._bring_back()
@@ -208,20 +208,26 @@ class Campaign:
                 if done >= 0:
                     self.seconds[done] = (time.monotonic() - since) / (now - done)
                 done, since = now, time.monotonic()
-            if done >= target and time.monotonic() - since >= share * self.seconds.get(done, 0.5):
+            there = done >= target and time.monotonic() - since >= share * self.seconds.get(done, 0.5)
+            if there and "flow" in self._processes():  # otherwise it is dead, and Prefect does not know yet
                 return True
             time.sleep(0.2)
         return False
 
-    def _kill(self, run: str) -> str | None:
-        """End one process at once and without warning; what it was, None where it was gone before."""
+    def _processes(self) -> dict[str, list[psutil.Process]]:
+        """What the project's runs consist of at the moment, by kind."""
         found = collections.defaultdict(list)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if Path(process.cwd()).is_relative_to(self.project.root):
                     command = " ".join(process.cmdline())
-                    found[next((kind for sign, kind in SIGNS.items() if sign in command), "")].append(process)
-        del found[""]
+                    found[next((kind for sign, kind in SIGNS.items() if sign in command), "other")].append(process)
+        found.pop("other", None)
+        return found
+
+    def _kill(self) -> str | None:
+        """End one process at once and without warning; what it was, None where it was gone before."""
+        found = self._processes()
         known = json.loads((self.project.root / ".prefect" / "services.json").read_text())
         kind = self.chance.choice([*found, *found, *SERVICES])
         with contextlib.suppress(psutil.Error, ProcessLookupError):
