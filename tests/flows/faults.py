@@ -201,7 +201,7 @@ class Campaign:
         """Wait for a point of the run, each task as likely as any other; False where the run ended before it."""
         target, done, since = self.chance.randrange(self.project.steps), -1, time.monotonic()
         share = self.chance.random()
-        while self._state(run)["type"] not in OVER:
+        while (state := self._state(run)["type"]) not in OVER:
             finished = self._finished_tasks(run)
             self.place, now = f"after {finished[0]}" if finished else "before the first task", len(finished)
             if now > done:
@@ -209,7 +209,8 @@ class Campaign:
                     self.seconds[done] = (time.monotonic() - since) / (now - done)
                 done, since = now, time.monotonic()
             there = done >= target and time.monotonic() - since >= share * self.seconds.get(done, 0.5)
-            if there and "flow" in self._processes():  # otherwise it is dead, and Prefect does not know yet
+            # A run that is not there yet, or is dead without Prefect knowing it, is no aim.
+            if there and state == "RUNNING" and "flow" in self._processes():
                 return True
             time.sleep(0.2)
         return False
