@@ -1,8 +1,9 @@
 """What Prefect does by itself: ``python -m flows.automations`` brings its automations to the state described here.
 
-A flow run whose heartbeat stops, or that is handed to a worker and never begins, is a zombie (its worker or machine is
-gone): it is marked as crashed, and a crashed re-linearization is started again, which continues from the last checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure
-and refusal is posted there (the body: `MESSAGE`). The address is kept in a Prefect block, encrypted, never in a log.
+A flow run whose heartbeat stops, or that was handed to a worker and never begins, is a zombie (its worker or machine is
+gone): it is marked as crashed, and a crashed re-linearization is started again, which continues from the last
+checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure and refusal is posted there (the body: `MESSAGE`). The address is
+kept in a Prefect block, encrypted, never in a log.
 """
 
 from __future__ import annotations
