@@ -142,6 +142,13 @@ def beside_plan(params: Params, shape: ModelShape, whole: ModelShape, stage: str
     return {"planned_gib": round(choice(shape).memory / 2**30, 2), "planned_hours": hours}
 
 
+def held_against_plan(row: dict[str, Any]) -> dict[str, float]:
+    """What was measured over what `lolcats plan` says, where a row has both."""
+    pairs = {"memory_over_plan": ("peak_gib", "planned_gib"), "hours_over_plan": ("hours", "planned_hours")}
+    known = {name: (row.get(found), row.get(planned)) for name, (found, planned) in pairs.items()}
+    return {name: round(found / planned, 3) for name, (found, planned) in known.items() if found and planned}
+
+
 def launch(module: str, name: str, arguments: list[str], *, work: Path, limit: float, gpus: int = 1) -> dict[str, Any]:
     """The row that `module --case name --work … --row …` writes, in a process group of its own that ends after `limit`
     seconds; what went wrong instead where it did."""

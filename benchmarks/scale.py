@@ -9,7 +9,8 @@ streamed stage 1 with joint stage 1, on this device; a wrong result ends the run
 
 Streamed stage 1 runs through some of the model's layers (`layers` in a row, of `of_layers`), each read from a file of
 its own; the joint mode and stage 2 run the whole model, in whose depth those layers repeat. `hours` is what 20M tokens
-(two epochs of ten million) take at the measured seconds per layer, and `planned_…` what `lolcats plan` says of that.
+(two epochs of ten million) take at the measured seconds per layer, `planned_…` what `lolcats plan` says of that, and
+`…_over_plan` the one divided by the other.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.case import TOKENS, Case, beside_plan, keep_logs, launch
+from benchmarks.case import TOKENS, Case, beside_plan, held_against_plan, keep_logs, launch
 from benchmarks.random_weights import SHAPES, RandomRows, Repeated, write_random
 from benchmarks.stages import check, llama_config
 from lolcats_core import parallel
@@ -268,7 +269,7 @@ def main() -> None:
                 row = launch("benchmarks.scale", name, arguments, work=options.work, limit=left)
             else:
                 row = {"case": name, "failed": "no time left"}
-            rows.append({**row, **errors})
+            rows.append({**row, **held_against_plan(row), **errors})
             logger.info(json.dumps(rows[-1]))
             if options.out:
                 write_json(options.out, rows)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import case as cases
 from benchmarks import parallel, scale
-from benchmarks.case import Case, beside_plan, launch
+from benchmarks.case import Case, beside_plan, held_against_plan, launch
 from benchmarks.random_weights import SHAPES, Repeated, write_random
 from benchmarks.scale import check_streamed, run_case
 from lolcats_core.plan import plan
@@ -73,6 +73,13 @@ def test_the_plan_beside_a_row_is_that_of_the_measured_shape_and_of_the_whole_mo
     found = beside_plan(params, part, whole, "transfer", "streamed")
     assert found["planned_gib"] == pytest.approx(expected[0].memory / 2**30, abs=0.01)
     assert found["planned_hours"] == pytest.approx(expected[1].seconds / 3600, abs=0.01)
+
+
+def test_a_row_is_held_against_the_plan_where_it_has_both() -> None:
+    row = {"peak_gib": 11.0, "planned_gib": 10.0, "hours": 3.0, "planned_hours": 4.0}
+    assert held_against_plan(row) == {"memory_over_plan": 1.1, "hours_over_plan": 0.75}
+    assert held_against_plan({**row, "planned_hours": None}) == {"memory_over_plan": 1.1}
+    assert held_against_plan({"failed": "no time left"}) == {}
 
 
 def test_a_case_that_fails_or_takes_too_long_is_a_row_that_says_so(tmp_path: Path) -> None:
