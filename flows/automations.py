@@ -1,8 +1,9 @@
 """What Prefect does by itself: ``python -m flows.automations`` brings its automations to the state described here.
 
-A flow run whose heartbeat stops is a zombie (its worker or machine is gone): it is marked as crashed, and a crashed
-re-linearization is started again, which continues from the last checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure
-and refusal is posted there (the body: `MESSAGE`). The address is kept in a Prefect block, encrypted, never in a log.
+A flow run whose heartbeat stops, or that was handed to a worker and never begins, is a zombie (its worker or machine is
+gone): it is marked as crashed, and a crashed re-linearization is started again, which continues from the last
+checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure and refusal is posted there (the body: `MESSAGE`). The address is
+kept in a Prefect block, encrypted, never in a log.
 """
 
 from __future__ import annotations
@@ -28,30 +29,15 @@ MESSAGE = {
     "text": "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}",
     "flow_run_id": "{{ flow_run.id }}",
 }
+BEGINS_WITHIN = timedelta(minutes=15)  # an image may have to be fetched first
 _RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 
 
 def automations(deployment_id: UUID, block_id: UUID | None) -> list[AutomationCore]:
     """The automations. `deployment_id`: of relinearize/nightly; `block_id`: of the webhook where there is one."""
     found = [
-        AutomationCore(
-            name="lolcats: zombies",
-            description="A flow run whose heartbeat stopped is marked as crashed.",
-            trigger=EventTrigger(
-                after={"prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.*"},  # a further heartbeat, or any state, whatever its name
-                match=_RUN,
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=ZOMBIE_AFTER,
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.CRASHED, name="Crashed", message="Its heartbeat stopped.", force=False
-                )
-            ],
-        ),
+        _gone("zombies", "prefect.flow-run.heartbeat", ZOMBIE_AFTER, "Its heartbeat stopped."),
+        _gone("never begun", "prefect.flow-run.Pending", BEGINS_WITHIN, "It never began."),
         AutomationCore(
             name="lolcats: resume",
             description="A crashed re-linearization is started again and continues from the last checkpoint.",
@@ -78,6 +64,24 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[AutomationCo
             )
         )
     return found
+
+
+def _gone(name: str, after: str, within: timedelta, message: str) -> AutomationCore:
+    """Mark a flow run as crashed when nothing is heard of it for some time after an event."""
+    return AutomationCore(
+        name=f"lolcats: {name}",
+        description="A flow run that nothing is heard of is marked as crashed.",
+        trigger=EventTrigger(
+            after={after},
+            expect={"prefect.flow-run.*"},  # a further heartbeat, or any state, whatever its name
+            match=_RUN,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=within,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=message, force=False)],
+    )
 
 
 def main() -> None:

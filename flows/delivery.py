@@ -11,6 +11,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
+from prefect.states import State
 from prefect.tasks import exponential_backoff
 
 from lolcats_core.errors import Unavailable
@@ -22,11 +23,10 @@ from tasks.tracking import first_line
 logger = logging.getLogger(__name__)
 
 
-async def _can_help(task: Any, task_run: Any, state: Any) -> bool:
+def _can_help(task: Any, task_run: Any, state: State[Any]) -> bool:
     """Whether trying again can help: only where something outside did not answer."""
-    error = await state.result(raise_on_failure=False)
-    if isinstance(error, Unavailable):
-        logger.warning("%s; trying again", error)
+    if isinstance(state.data, Unavailable):
+        logger.warning("%s; trying again", state.data)
         return True
     return False
 

@@ -217,8 +217,10 @@ def hybrid_attention_forward(
     maps = getattr(module, "feature_maps", None)
     held = None if context.cache is None else context.cache.layers[module.layer_idx]
     if maps is None:
+        # An observer is shown the teacher, which sees everything.
+        reach = module.reach if context.observer is None else Reach()
         kept = cast(BoundedLayer | None, held)
-        return kept_attention(query, key, value, context, scores, sliding_window, module.reach, kept), None
+        return kept_attention(query, key, value, context, scores, sliding_window, reach, kept), None
     groups: KVGroups = maps.groups
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     q_linear, k_linear, v_linear = (groups.take_linear(x) for x in (q, k, v))

@@ -2,7 +2,9 @@
 
 The columns of both maps are centres of clusters of keys, times the scale of the scores. Softmax over the features then
 gives a key its cluster and a query its attention over the clusters' centres, and their product is nearly the attention
-that the query pays to the key's cluster. Window factors come from the error itself, per head.
+that the query pays to the key's cluster. Window factors (and decays) come from the error itself, per head; with
+`linear_factor: affine` they span every balance of the two parts, while with ``one`` the linear part, whose weights add
+up over all older tokens, cannot become as small as it should be.
 
 # B batch, T tokens, N keys, H query heads, Hk key/value heads, D head dim, F columns of a map
 """
@@ -24,7 +26,7 @@ from lolcats_kernels.hybrid_attention import hybrid_attention
 ROWS = 4
 KEYS = 4096  # that are clustered, of each head
 ITERATIONS = 10
-WINDOW_FACTORS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99)
+WINDOW_FACTORS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
 DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9998)
 
 
@@ -92,7 +94,11 @@ def calibrate_layer(
             found.append(errors().unflatten(0, (len(factor), -1)).mean(1))
         factor.copy_(torch.tensor(values, device=w.device, dtype=factor.dtype)[torch.stack(found).argmin(0)].logit())
 
+    # The balance of both parts first: the best decay depends on it, and then it on the decay.
+    windowed = maps.settings.window != "none"
+    if windowed:
+        choose(maps.window_factor, WINDOW_FACTORS)
     if maps.decay is not None:
         choose(maps.decay, DECAYS)
-    if maps.settings.window != "none":
-        choose(maps.window_factor, WINDOW_FACTORS)
+        if windowed:
+            choose(maps.window_factor, WINDOW_FACTORS)

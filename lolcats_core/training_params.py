@@ -59,8 +59,9 @@ class TransferParams(TrainingParams):
 
     `mode`: ``joint`` trains all layers in each pass, ``streamed`` one layer after the other with one in memory;
     ``auto`` takes joint where the model fits. `buffer`: where a streamed run keeps the hidden states.
-    `loss_normalization: layer` divides each layer's error by the mean square of its softmax output. `window_dropout`:
-    probability with which a layer trains a step without its window, so that its linear branch keeps working.
+    `loss_normalization: layer` divides each layer's error by the mean square of its softmax output over the rows of a
+    forward pass (each process's own). `window_dropout`: probability with which a layer trains a step without its
+    window, so that its linear branch keeps working.
     """
 
     enabled: bool = True

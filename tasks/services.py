@@ -299,6 +299,7 @@ def _prefect_environment(variables: Mapping[str, str]) -> dict[str, str]:
         **variables,
     }
     environment.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    environment.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")  # nobody waits: a minute for a server to come back
     environment.pop(AUTH, None)
     if login := variables.get("PREFECT_API_AUTH_STRING"):
         environment["PREFECT_SERVER_API_AUTH_STRING"] = login

@@ -28,7 +28,9 @@ from tests.core.tiny import SETTINGS, FakeRows
 TRANSFER = TransferParams(
     batch_size=6, epochs=2, eval_every=4, checkpoint_every=2, log_every=2, max_eval_rows=7, plateau_patience=0
 )
-FINETUNE = FinetuneParams(batch_size=6, epochs=2, eval_every=4, checkpoint_every=2, log_every=2, lora_rank=2, lr=1e-2)
+FINETUNE = FinetuneParams(
+    loss="mixed", batch_size=6, epochs=2, eval_every=4, checkpoint_every=2, log_every=2, lora_rank=2, lr=1e-2
+)
 
 
 class MaskedRows(FakeRows):

@@ -52,11 +52,12 @@ def test_it_starts_far_below_the_other_initial_values_on_real_text() -> None:
     rows, params = BuiltinRows(384), TransferParams(batch_size=2)
     loss = {}
     for init in ("kaiming", "identity", "calibrated"):
-        student = lc.linearize(teacher, lc.LinearizeConfig(feature_dim=32, feature_map_init=init))
+        settings = lc.LinearizeConfig(feature_dim=32, feature_map_init=init, linear_factor="affine")  # type: ignore[arg-type]
+        student = lc.linearize(teacher, settings)
         if init == "calibrated":
             calibrate(student, rows, params, seed=0)
         loss[init] = evaluate_transfer(student, rows, params, student.device)["loss"]
-    assert loss["calibrated"] < 0.5 * min(loss["kaiming"], loss["identity"]), loss
+    assert loss["calibrated"] < 0.2 * min(loss["kaiming"], loss["identity"]), loss
 
 
 @pytest.mark.parametrize(

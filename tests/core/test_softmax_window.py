@@ -16,10 +16,11 @@ from lolcats_core.attention import HybridContext, Reach, Scores, kept_attention
 from lolcats_core.cache import HybridCache
 from lolcats_core.errors import UserError
 from lolcats_core.finetune import add_lora
-from lolcats_core.params import FinetuneParams, ParamsError, params_from_dict
+from lolcats_core.params import FinetuneParams, ParamsError, TransferParams, params_from_dict
 from lolcats_core.segments import segmented_loss
 from lolcats_core.sinks import ABSENT, gather_sinks
 from lolcats_core.state_size import published_settings, state_size
+from lolcats_core.transfer import transfer_losses
 from tests.core.tiny import BOUNDED, MIXED, FakeRows, decode, padded, tiny_student, tiny_teacher, tokens
 
 
@@ -167,6 +168,16 @@ def test_the_bound_survives_saving(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     torch.testing.assert_close(decode(loaded, ids, 20), model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_transfer_is_shown_the_teacher_whatever_the_window() -> None:
+    """The layers behind a bounded one get what the teacher puts out."""
+    batch = FakeRows(2).batch(range(2))
+    settings = dataclasses.replace(BOUNDED, softmax_layers=(0,), softmax_window=4, softmax_sinks=0)
+    unbounded = dataclasses.replace(settings, softmax_window=None)
+    errors = [transfer_losses(tiny_student(settings=each), batch, TransferParams()) for each in (settings, unbounded)]
+    assert errors[0] == errors[1]
 
 
 def test_maps_fit_whatever_the_window_of_the_kept_heads(tmp_path: Path) -> None:

@@ -98,10 +98,12 @@ def test_what_the_composition_refers_to_exists() -> None:
 
 def test_a_run_that_ended_under_any_name_is_no_zombie_and_a_webhook_is_used_only_where_there_is_one() -> None:
     deployment, block = uuid.uuid4(), uuid.uuid4()
-    zombies, resume = automations(deployment, None)
-    assert zombies.trigger.expect == {"prefect.flow-run.*"}  # Promoted, UpToDate and Refused among them
+    zombies, never_begun, resume = automations(deployment, None)
+    for gone in (zombies, never_begun):
+        assert gone.trigger.expect == {"prefect.flow-run.*"}  # Promoted, UpToDate and Refused among them
+    assert zombies.trigger.within < never_begun.trigger.within
     assert resume.actions[0].deployment_id == deployment
-    (notify,) = automations(deployment, block)[2:]
+    (notify,) = automations(deployment, block)[3:]
     assert isinstance(notify.actions[0], CallWebhook)
     assert "{{ flow_run.state.message }}" in str(notify.actions[0].payload)
     assert {"prefect.flow-run.Failed", "prefect.flow-run.Refused"} <= notify.trigger.expect

@@ -50,7 +50,8 @@ def operated(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Ite
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     webhook = f"http://127.0.0.1:{receiver.server_port}/a-secret-path"
     try:
-        with serving(root, LOLCATS_AUTH=LOGIN, LOLCATS_WEBHOOK_URL=webhook) as servers:
+        more = {"LOLCATS_AUTH": LOGIN, "LOLCATS_WEBHOOK_URL": webhook, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+        with serving(root, **more) as servers:
             yield Operated(root, data, servers, webhook, messages)
     finally:
         receiver.shutdown()

@@ -119,9 +119,10 @@ class Campaign:
         """Kill until `kills` processes were hit; then one more run has to get through."""
         run = self._next_run()
         while sum(self.victims.values()) < kills:
-            if self._reached_random_point(run) and (kind := self._kill(run)):
-                say(f"{sum(self.victims.values()):3d}  {kind} killed {self.place}")
-                if kind in SERVICES:
+            if self._reached_random_point(run):
+                hit = {self._kill() for _ in range(self.chance.choice([1, 2]))} - {None}
+                say(f"{sum(self.victims.values()):3d}  {' and '.join(map(str, hit))} killed {self.place}")
+                if hit & set(SERVICES):
                     self._bring_back()
                 self.check()
             if self._state(run)["type"] in OVER:
@@ -200,27 +201,34 @@ class Campaign:
         """Wait for a point of the run, each task as likely as any other; False where the run ended before it."""
         target, done, since = self.chance.randrange(self.project.steps), -1, time.monotonic()
         share = self.chance.random()
-        while self._state(run)["type"] not in OVER:
-            now = len(self._finished_tasks(run))
+        while (state := self._state(run)["type"]) not in OVER:
+            finished = self._finished_tasks(run)
+            self.place, now = f"after {finished[0]}" if finished else "before the first task", len(finished)
             if now > done:
                 if done >= 0:
                     self.seconds[done] = (time.monotonic() - since) / (now - done)
                 done, since = now, time.monotonic()
-            if done >= target and time.monotonic() - since >= share * self.seconds.get(done, 3.0):
+            there = done >= target and time.monotonic() - since >= share * self.seconds.get(done, 0.5)
+            # A run that is not there yet, or is dead without Prefect knowing it, is no aim.
+            if there and state == "RUNNING" and "flow" in self._processes():
                 return True
-            time.sleep(0.5)
+            time.sleep(0.2)
         return False
 
-    def _kill(self, run: str) -> str | None:
-        """End one process at once and without warning; what it was, None where it was gone before."""
-        tasks = self._finished_tasks(run)
+    def _processes(self) -> dict[str, list[psutil.Process]]:
+        """What the project's runs consist of at the moment, by kind."""
         found = collections.defaultdict(list)
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if Path(process.cwd()).is_relative_to(self.project.root):
                     command = " ".join(process.cmdline())
-                    found[next((kind for sign, kind in SIGNS.items() if sign in command), "")].append(process)
-        del found[""]
+                    found[next((kind for sign, kind in SIGNS.items() if sign in command), "other")].append(process)
+        found.pop("other", None)
+        return found
+
+    def _kill(self) -> str | None:
+        """End one process at once and without warning; what it was, None where it was gone before."""
+        found = self._processes()
         known = json.loads((self.project.root / ".prefect" / "services.json").read_text())
         kind = self.chance.choice([*found, *found, *SERVICES])
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -234,7 +242,6 @@ class Campaign:
             with contextlib.suppress(psutil.TimeoutExpired):
                 chosen.wait(10)
             self.victims[kind] += 1
-            self.place = f"after {tasks[0]}" if tasks else "before the first task"
             self.places[self.place] += 1
             return kind
         return None

@@ -252,6 +252,15 @@ def test_unsupported_shapes_are_named(options: dict[str, Any], constraint: str) 
         run(make(**options))
 
 
+def test_a_decay_is_refused_and_left_to_the_chunked_form() -> None:
+    tensors, options = make(40).arguments()
+    options["decay"] = torch.full((2,), 0.9, device=DEVICE)
+    with pytest.raises(ValueError, match="a decay of the linear weights is computed by the chunked form alone"):
+        hybrid_attention(*tensors, **options, backend="triton")
+    expected = hybrid_attention(*tensors, **options, backend="naive")
+    assert relative(hybrid_attention(*tensors, **options), expected) <= TOLERANCES[torch.float32][0]
+
+
 def test_a_state_that_needs_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="gradients do not pass through a state"):
         run(make(20).leaves(), return_state=True)
