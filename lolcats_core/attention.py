@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lolcats_core.cache import BoundedLayer, HybridCache, HybridLayer
 from lolcats_core.errors import UserError
-from lolcats_core.feature_maps import FeatureMaps
+from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.kv_groups import KVGroups
 from lolcats_core.sinks import Sinks, gather_sinks
 from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_decode_, window_scores
@@ -34,14 +34,6 @@ SOFTMAX_BLOCK = 512
 
 def look_away(*_: Any) -> None:
     """The observer of a pass that only needs the teacher's outputs."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How a layer turns q k^T into scores: times `scale`, then bounded by `softcap` (Gemma 2)."""
-
-    scale: float
-    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -257,8 +249,7 @@ def student_attention(
     Returns:
         [B, T, H, D] in the dtype of `q`; zero at padding.
     """
-    operands, options = maps.operands()
-    options |= {"scale": scores.scale, "softcap": scores.softcap}
+    operands, options = maps.operands(scores)
     edges = context.cu_seqlens
     if edges is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))

@@ -36,9 +36,9 @@ def without_branch(maps: Iterable[Any], branch: Branch) -> Iterator[None]:
                 each.operands = outer
 
 
-def _without(operands: Callable[[], Any], branch: Branch) -> Callable[[], Any]:
-    def changed() -> Any:
-        maps, options = operands()
+def _without(operands: Callable[[Any], Any], branch: Branch) -> Callable[[Any], Any]:
+    def changed(scores: Any) -> Any:
+        maps, options = operands(scores)
         if branch == "window":
             return maps, {**options, "window": "none"}
         return maps, {**options, "linear_factor": torch.zeros_like(maps[2])}

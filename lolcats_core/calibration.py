@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lolcats_core.attention import HybridContext, Scores
-from lolcats_core.feature_maps import FeatureMaps
+from lolcats_core.attention import HybridContext
+from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.params import TransferParams
 from lolcats_core.training import step_batches
 from lolcats_kernels.hybrid_attention import hybrid_attention
@@ -81,8 +81,7 @@ def calibrate_layer(
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
-        operands, options = maps.operands()
-        options |= {"scale": scores.scale, "softcap": scores.softcap}
+        operands, options = maps.operands(scores)
         y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=edges))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.errors import UserError
 from lolcats_core.kv_groups import KVGroups
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a layer turns q k^T into scores: times `scale`, then bounded by `softcap` (Gemma 2)."""
+
+    scale: float
+    softcap: float | None = None
 
 
 class FeatureMaps(nn.Module):
@@ -81,8 +90,12 @@ class FeatureMaps(nn.Module):
             if factor is not None and value is not None:
                 factor.fill_(math.log(value / (1 - value)))
 
-    def operands(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-        """(w_q, w_k, gamma) and the keyword arguments that `hybrid_attention` takes besides q, k and v."""
+    def operands(self, scores: Scores) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """(w_q, w_k, gamma) and the keyword arguments that `hybrid_attention` takes besides q, k and v.
+
+        Args:
+            scores: of the layer that the maps stand in.
+        """
         config = self.settings
         w_q: Tensor = self.w_q
         w_k, b_k = (self.w_q, self.b_q) if self.w_k is None else (self.w_k, self.b_k)
@@ -98,5 +111,7 @@ class FeatureMaps(nn.Module):
             "b_q": self.b_q,
             "b_k": b_k,
             "decay": None if self.decay is None else self.decay.sigmoid(),
+            "scale": scores.scale,
+            "softcap": scores.softcap,
         }
         return (w_q, w_k, gamma), options

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lolcats_core import parallel
-from lolcats_core.attention import HybridContext, Scores, TransferObserver, document_numbers, student_attention
+from lolcats_core.attention import HybridContext, TransferObserver, document_numbers, student_attention
 from lolcats_core.branches import window_dropout
 from lolcats_core.calibration import calibrate_layer, calibration_rows
 from lolcats_core.errors import UserError
-from lolcats_core.feature_maps import FeatureMaps
+from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.modeling import feature_maps, named_map_parameters
 from lolcats_core.params import TransferParams
 from lolcats_core.training import Rows, TrainResult, train
@@ -63,8 +63,7 @@ class LossObserver:
         context: HybridContext,
     ) -> None:
         with torch.set_grad_enabled(self.scale is not None):
-            operands, options = maps.operands()
-            options |= {"scale": scores.scale, "softcap": scores.softcap}
+            operands, options = maps.operands(scores)
             edges = context.cu_seqlens
             if edges is not None:
                 q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))

@@ -17,12 +17,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats_core import transfer
-from lolcats_core.attention import Scores
 from lolcats_core.branches import Branch, without_branch
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
 from lolcats_core.evaluation.perplexity import perplexity
-from lolcats_core.feature_maps import FeatureMaps
+from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.modeling import attention_layers
 from lolcats_core.training import Rows
 from lolcats_kernels.hybrid_attention import hybrid_weights, window_scores
@@ -158,8 +157,7 @@ def linear_mass(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
         if maps is None:
             return
         q, k = (maps.groups.take_linear(x.transpose(1, 2)).float() for x in (query, key))
-        operands, options = maps.operands()
-        options |= {"scale": scores.scale, "softcap": scores.softcap}
+        operands, options = maps.operands(scores)
         positions = torch.arange(q.shape[1], device=q.device)
         for start in range(0, q.shape[1], BLOCK):
             queries = positions[start : start + BLOCK]

@@ -11,6 +11,7 @@ import torch
 
 import lolcats_core as lc
 from lolcats_core.branches import window_dropout, without_branch
+from lolcats_core.feature_maps import Scores
 from lolcats_core.finetune import add_lora, next_token_loss
 from lolcats_core.modeling import attention_layers, feature_maps, named_map_parameters
 from lolcats_core.params import FinetuneParams, TransferParams
@@ -21,7 +22,7 @@ BATCH = FakeRows(3).batch(range(3))
 
 
 def windows(model: Any) -> list[str]:
-    return [layer.feature_maps.operands()[1]["window"] for layer in attention_layers(model)]
+    return [layer.feature_maps.operands(Scores(1.0))[1]["window"] for layer in attention_layers(model)]
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["plain", "adapted"])

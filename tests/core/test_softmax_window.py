@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lolcats_core as lc
-from lolcats_core.attention import HybridContext, Reach, Scores, kept_attention
+from lolcats_core.attention import HybridContext, Reach, kept_attention
 from lolcats_core.cache import HybridCache
 from lolcats_core.errors import UserError
+from lolcats_core.feature_maps import Scores
 from lolcats_core.finetune import add_lora
 from lolcats_core.params import FinetuneParams, ParamsError, TransferParams, params_from_dict
 from lolcats_core.segments import segmented_loss

@@ -172,7 +172,7 @@ class Campaign:
             "places": dict(self.places),
             "ends of runs": dict(self.ends),
             "messages of runs that failed": self.messages,
-            "texts, each with one version": self.texts,
+            "texts, each with one version": self.texts - 1,  # the newest has had no run yet
         }
 
     def _state(self, run: str) -> dict[str, Any]:

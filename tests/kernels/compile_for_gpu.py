@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "largest": {"heads": 2, "dim": 256, "columns": 128, "window_size": 64, "dtype": torch.bfloat16},
     "float32": {"heads": 2, "dim": 64, "columns": 32, "window_size": 32, "dtype": torch.float32},
     "sliding": {"heads": 2, "dim": 128, "columns": 64, "window_size": 64, "window": "sliding", "dtype": torch.bfloat16},
-    "none": {"heads": 2, "dim": 96, "columns": 48, "window": "none", "feature_map": "elu", "dtype": torch.bfloat16},
+    "none": {"heads": 2, "dim": 96, "columns": 48, "window": "none", "feature_map": "elu", "dtype": torch.float32},
 }
 
 

@@ -23,7 +23,7 @@ from tests.tasks.conftest import set_model
 from tests.tasks.processes import wait_for
 
 LOAD = """
-import importlib, json, sys
+import importlib.util, json, sys
 sys.path = [p for p in sys.path if p != sys.argv[1]]
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 assert importlib.util.find_spec("lolcats_core") is None
