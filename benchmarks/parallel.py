@@ -123,7 +123,7 @@ def layer_by_layer(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     begin, result = 0.0, TrainResult()
     for number, data in enumerate((held_out, rows)):
         begin = case.start()
-        _, result = streamed_attention_transfer(
+        _, result, _ = streamed_attention_transfer(
             folder,
             llama_config(held),
             case.settings,

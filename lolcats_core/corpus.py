@@ -7,6 +7,7 @@ and shingles (three consecutive non-blank lines, whitespace stripped) shared wit
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
 import logging
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from email.message import Message
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
 import numpy as np
@@ -238,6 +239,15 @@ def _read_in_worker(path: Path) -> tuple[str, str, np.ndarray]:
     return read_source(path, _held_out)
 
 
+def _recorded(distribution: importlib.metadata.Distribution) -> list[PurePosixPath]:
+    """Files as the installer listed them. `distribution.files` forgets those that are gone, in some Pythons and wherever
+    the backport of importlib.metadata was imported."""
+    record = distribution.read_text("RECORD")
+    if record is None:
+        return list(distribution.files or [])
+    return [PurePosixPath(row[0]) for row in csv.reader(record.splitlines()) if row]
+
+
 def _candidates(paths: Sequence[str] | None) -> list[tuple[str, str, str, list[Path]]]:
     found: dict[str, tuple[str, str, str, list[Path]]] = {}
     for distribution in importlib.metadata.distributions(path=sys.path if paths is None else list(paths)):
@@ -248,7 +258,7 @@ def _candidates(paths: Sequence[str] | None) -> list[tuple[str, str, str, list[P
             continue
         files = sorted(
             Path(str(distribution.locate_file(file)))
-            for file in distribution.files or []
+            for file in _recorded(distribution)
             if file.suffix == ".py" and ".." not in file.parts and not _COPIED_PARTS & set(file.parts)
         )
         if files:
