@@ -242,7 +242,8 @@ def _read_in_worker(path: Path) -> tuple[str, str, np.ndarray]:
 def _recorded(distribution: importlib.metadata.Distribution) -> list[PurePosixPath]:
     """Files as the installer listed them.
 
-    `distribution.files` forgets those that are gone, in some Pythons and where importlib.metadata's backport is imported.
+    `distribution.files` forgets those that are gone, in some Pythons and where the backport of importlib.metadata is
+    imported.
     """
     record = distribution.read_text("RECORD")
     if record is None:
