@@ -24,7 +24,7 @@ from lolcats_core.config import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import DivergedError, UserError
 from lolcats_core.evaluation.perplexity import perplexity
-from lolcats_core.evaluation.recall import copy_recall
+from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.files import sha256_json, write_json
 from lolcats_core.finetune import low_rank_finetune
 from lolcats_core.locks import locked
@@ -115,7 +115,7 @@ def load_setting(pin: Path, rows: Path, params: Params, budget: Budget, scratch:
         budget=budget,
         seed=params.seed,
         scratch=scratch,
-        exclude_ids=tuple(sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})),
+        exclude_ids=special_ids(tokenizer),
     )
 
 

@@ -21,10 +21,11 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 def fuse_rotary(layer: nn.Module) -> None:
     """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was."""
     forward: Any = type(layer).forward
-    if NAME not in getattr(forward, "__code__", fuse_rotary.__code__).co_names:
+    code = getattr(forward, "__code__", None)  # none of a forward that is no plain function
+    if code is None or NAME not in code.co_names:
         return
     twin = _twin(forward.__module__).__dict__
-    copy = FunctionType(forward.__code__, twin, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy = FunctionType(code, twin, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     layer.forward = MethodType(copy, layer)
 

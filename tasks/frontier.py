@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.errors import UserError
+from lolcats_core.evaluation.recall import special_ids
 from lolcats_core.files import atomic_file, write_json, write_text
 from lolcats_core.machine import device_tags, versions
 from lolcats_core.params import Params
@@ -73,9 +74,8 @@ def frontier(
     )
     folder = root / ".scratch" / "frontier"
     folder.mkdir(parents=True, exist_ok=True)
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     train, validation = (TokenRows.open(outputs / "prepare" / name) for name in ("train", "validation"))
-    bench = Bench(teacher, train, validation, measures, folder, exclude_ids(teacher.config, special))
+    bench = Bench(teacher, train, validation, measures, folder, exclude_ids(teacher.config, special_ids(tokenizer)))
     points = budgets(Recipe("", params), ratios)
     for point in points:  # before anything is trained
         budget_count(point.params.select, point.params.linearize, teacher.config)

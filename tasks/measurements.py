@@ -22,7 +22,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
 from lolcats_core.evaluation.perplexity import bigram_perplexity, perplexity
-from lolcats_core.evaluation.recall import copy_recall
+from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.evaluation.results import ResultCache, model_hash
 from lolcats_core.files import sha256_json, write_json, write_text
 from lolcats_core.progress import progress
@@ -172,7 +172,6 @@ class Measurements:
         """Copying recall of one model at one gap."""
 
         def measure() -> dict[str, Any]:
-            special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
             with progress(self.params.recall_samples, f"recall of the {step} model at gap {gap}") as bar:
                 result = copy_recall(
                     self.models.get(step),
@@ -181,7 +180,7 @@ class Measurements:
                     self.params.recall_samples,
                     self.stage.params.seed,
                     self.params.batch_size,
-                    exclude_ids=special,
+                    exclude_ids=special_ids(self.tokenizer),
                     prefix_ids=begin_ids(self.tokenizer),
                     on_samples=bar.update,
                 )[gap]

@@ -176,6 +176,7 @@ def key_gradient_kernel(
         v = load_rows(V, row, start + c * C, hk, v_strides, position < length, D, C, DB)
         dk = tl.zeros([C, DB], tl.float32)
         dv = tl.zeros([C, DB], tl.float32)
+        # What the loops' bodies share would be computed ahead and spilled: the two sums leave no registers for it.
         for state in tl.range(0, GROUP // SHARED, disable_licm=True):
             hs = hk * (GROUP // SHARED) + state
             place = ((slot + c) * HS + hs) * HALVES * FB
