@@ -291,9 +291,6 @@ def _fused(
     through_state = state is not None and (state.s.requires_grad or state.z.requires_grad)
     if reason is None and wanted and (return_state or through_state):
         reason = "gradients do not pass through a state; use torch.no_grad() for a state alone"
-    if reason is None and wanted and spec.window == "none" and q.dtype != torch.float32:
-        # Compiled by Triton 3.6 for sm_90, the gradient of q is wrong there; float32 and every window are right.
-        reason = f"gradients without a window must be taken in float32, got {q.dtype}"
     if reason is None:
         _say(logging.INFO, f"hybrid attention on {q.device.type}: fused Triton kernels")
         return True

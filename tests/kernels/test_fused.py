@@ -261,13 +261,6 @@ def test_a_decay_is_refused_and_left_to_the_chunked_form() -> None:
     assert relative(hybrid_attention(*tensors, **options), expected) <= TOLERANCES[torch.float32][0]
 
 
-def test_gradients_without_a_window_are_refused_in_half_precision() -> None:
-    case = make(20, window="none", dtype=torch.float16)
-    run(case)
-    with pytest.raises(ValueError, match=r"gradients without a window must be taken in float32, got torch\.float16"):
-        run(case.leaves())
-
-
 def test_a_state_that_needs_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="gradients do not pass through a state"):
         run(make(20).leaves(), return_state=True)

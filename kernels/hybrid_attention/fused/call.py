@@ -21,6 +21,9 @@ from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 
 # Chunk of pure linear attention, which has no window to take it from.
 CHUNK_WITHOUT_WINDOW = 64
+# Bytes that a tile's row has at least: from narrower ones (swizzled over 64 bytes or fewer) Triton 3.6 makes products for
+# sm_90 that are wrong or read beyond shared memory, depending on the shape.
+ROW_BYTES = 128
 State = tuple[Tensor, Tensor]
 
 
@@ -40,9 +43,7 @@ class Call:
     def of(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, sequences: Sequences) -> Call:
         q, k, v = (aligned(x) for x in (q, k.to(q.dtype), v.to(q.dtype)))
 
-        # Products of float32 tiles 16 columns wide read beyond their shared memory (Triton 3.6, sm_90).
-        least = 32 if q.dtype == torch.float32 else 16
-        columns = max(least, triton.next_power_of_2(maps.w_q.shape[-1]))
+        columns = padded_width(maps.w_q.shape[-1], q.dtype)
 
         def padded(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if x is None:
@@ -74,7 +75,7 @@ class Call:
 
     @property
     def padded_dim(self) -> int:
-        return triton.next_power_of_2(self.dim)
+        return padded_width(self.dim, self.q.dtype)
 
     @property
     def padded_columns(self) -> int:
@@ -190,9 +191,14 @@ class Call:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
 
+def padded_width(columns: int, dtype: torch.dtype) -> int:
+    """Columns of a tile that holds `columns`: a power of two, and `ROW_BYTES` at least."""
+    return max(ROW_BYTES // dtype.itemsize, triton.next_power_of_2(columns))
+
+
 def tiles(x: Tensor, chunk: int, width: int | None = None) -> TensorDescriptor:
     """Descriptor of [B, T, heads, D] for blocks of `chunk` tokens and `width` columns of one head."""
-    width = triton.next_power_of_2(x.shape[3]) if width is None else width
+    width = padded_width(x.shape[3], x.dtype) if width is None else width
     # The stride of a dimension of one is never used, but has to be a legal one.
     strides = [x.stride(i) if x.shape[i] > 1 else x.shape[i + 1 :].numel() for i in range(3)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, chunk, 1, width])
