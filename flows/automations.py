@@ -1,9 +1,9 @@
 """What Prefect does by itself: ``python -m flows.automations`` brings its automations to the state described here.
 
 A flow run whose heartbeat stops, or that was handed to a worker and never begins, is a zombie (its worker or machine is
-gone): it is marked as crashed, and a crashed re-linearization is started again, which continues from the last
-checkpoint. With `LOLCATS_WEBHOOK_URL`, every failure and refusal is posted there (the body: `MESSAGE`). The address is
-kept in a Prefect block, encrypted, never in a log.
+gone): it is marked as crashed, and a crashed re-linearization is started again with the parameters it had, which
+continues from the last checkpoint (`relinearize.RESTARTS` times in a row). With `LOLCATS_WEBHOOK_URL`, every failure
+and refusal is posted there (the body: `MESSAGE`). The address is kept in a Prefect block, encrypted, never in a log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.blocks.webhook import Webhook
@@ -28,6 +28,12 @@ ZOMBIE_AFTER = timedelta(seconds=100)  # three heartbeats of 30 s, and some time
 MESSAGE = {
     "text": "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}",
     "flow_run_id": "{{ flow_run.id }}",
+}
+# What a crashed run was asked for, and how often its work was started again.
+ASKED = {
+    "preset": "{{ flow_run.parameters.preset | default(none) | tojson }}",
+    "set": "{{ flow_run.parameters.set | default(none) | tojson }}",
+    "restarts": "{{ flow_run.parameters.restarts | default(0) + 1 }}",
 }
 BEGINS_WITHIN = timedelta(minutes=15)  # an image may have to be fetched first
 _RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
@@ -49,7 +55,12 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[AutomationCo
                 threshold=1,
             ),
             actions=[
-                RunDeployment(source="selected", deployment_id=deployment_id, parameters=None, job_variables=None)
+                RunDeployment(
+                    source="selected",
+                    deployment_id=deployment_id,
+                    parameters={name: _rendered(template) for name, template in ASKED.items()},
+                    job_variables=None,
+                )
             ],
         ),
     ]
@@ -64,6 +75,11 @@ def automations(deployment_id: UUID, block_id: UUID | None) -> list[AutomationCo
             )
         )
     return found
+
+
+def _rendered(template: str) -> dict[str, Any]:
+    """A parameter whose JSON Prefect makes from a template."""
+    return {"__prefect_kind": "json", "value": {"__prefect_kind": "jinja", "template": template}}
 
 
 def _gone(name: str, after: str, within: timedelta, message: str) -> AutomationCore:

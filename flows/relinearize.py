@@ -11,11 +11,13 @@ from prefect.states import Completed
 from flows import project_root
 from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
+from lolcats_core.errors import UserError
 from lolcats_core.params import load_params
 from tasks import drift as drifting
 from tasks import experiment, relinearization
 
 DRIFT_EVENT = "lolcats.drift"
+RESTARTS = 10  # in a row, each after a crash
 _prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
 _changes = task(name="find changes", task_run_name="find changes", **PATIENT)(relinearization.changes)
 _commit = task(name="commit dvc.lock", task_run_name="commit dvc.lock", **PATIENT)(relinearization.commit)
@@ -23,15 +25,20 @@ _measure = task(name="measure drift", task_run_name="measure drift", **PATIENT)(
 
 
 @flow(name="relinearize", validate_parameters=False)
-def relinearize(preset: str | None = None, set: dict[str, Any] | None = None) -> Any:
+def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, restarts: int = 0) -> Any:
     """Make, examine and promote a new student if code, parameters, teacher or text changed; else end as up to date.
 
     Ends as ``UpToDate``, ``Promoted`` or, with the reasons, ``Refused``; then the champion stays.
 
+    Args:
+        restarts: how often this work was started again by itself because it crashed.
+
     Raises:
-        UserError: parameters are wrong, a stage failed, or the registry cannot be used.
+        UserError: it crashed too often, parameters are wrong, a stage failed, or the registry cannot be used.
     """
     root, log = project_root(), get_run_logger()
+    if restarts > RESTARTS:
+        raise UserError(f"given up after {RESTARTS} restarts, each of which crashed; look at them and start it by hand")
     if runtime.deployment.id:
         experiment.confine(root, set)
     chosen = _prepare(root, preset, set)

@@ -170,12 +170,19 @@ def test_a_killed_run_starts_again_by_itself_and_continues_from_its_last_step(op
     state = servers.ended(run)
     assert state["name"] == "Crashed", state
     resumed = servers.new_run(NIGHTLY, known + 1)
+    assert servers.api(f"/flow_runs/{resumed}")["parameters"] == {"preset": None, "set": None, "restarts": 1}
     # Whoever comes while it runs is turned away.
     assert servers.ended(servers.run(NIGHTLY))["name"] == "Cancelled"
     state = servers.ended(resumed)
     assert state["name"] == "Promoted", state["message"]
     metrics = json.loads((root / ".worktrees/relinearize/outputs/finetune/metrics.json").read_text())
     assert metrics["started_at"] >= 3
+
+
+def test_work_that_crashes_again_and_again_is_given_up(operated: Operated) -> None:
+    state = operated.servers.ended(operated.servers.run(NIGHTLY, restarts=11))
+    assert state["name"] == "Failed"
+    assert "given up after 10 restarts, each of which crashed" in state["message"]
 
 
 def is_flow(process: psutil.Process, root: Path) -> bool:

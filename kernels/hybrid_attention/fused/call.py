@@ -21,8 +21,8 @@ from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 
 # Chunk of pure linear attention, which has no window to take it from.
 CHUNK_WITHOUT_WINDOW = 64
-# Bytes that a tile's row has at least: from narrower ones (swizzled over 64 bytes or fewer) Triton 3.6 makes products for
-# sm_90 that are wrong or read beyond shared memory, depending on the shape.
+# Bytes that a tile's row has at least: from narrower ones (swizzled over 64 bytes or fewer) Triton 3.6 makes products
+# for sm_90 that are wrong or read beyond shared memory, depending on the shape.
 ROW_BYTES = 128
 State = tuple[Tensor, Tensor]
 
