@@ -27,6 +27,7 @@ TINY: dict[str, Any] = {
     "teacher.source": "./tiny",
     "data": {"sequence_length": 512, "max_train_tokens": 512 * 60, "max_validation_tokens": 512 * 40},
     "linearize": {"window_size": 16, "feature_dim": 16},
+    "select.softmax_budget": {"cache_ratio": 0.25},
     "transfer": {"batch_size": 2, "eval_every": 6, "max_eval_rows": 8, "checkpoint_every": 2, "log_every": 3},
     "finetune": {
         "batch_size": 2,

@@ -31,6 +31,7 @@ OVERRIDES: dict[str, Any] = {
     "data": {"sequence_length": 32},
     "linearize": {"window_size": 8, "feature_dim": 8},
     "transfer": TRAINING,
+    "select.softmax_budget": None,
     "finetune": {**TRAINING, "lora_rank": 2},
     "evaluate": {"recall_gaps": [8], "tasks": []},
 }
