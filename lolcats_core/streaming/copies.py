@@ -22,6 +22,14 @@ from torch import Tensor
 DEPTH = 2
 
 
+def worker(name: str, device: torch.device) -> ThreadPoolExecutor:
+    """One thread, with `device` as its own: a thread begins with the first GPU, which may be another process's."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (index,))
+
+
 class _Slot:
     """Room for a batch on the device and, where rows go through it, in page-locked memory.
 
@@ -54,7 +62,7 @@ class Reader:
 
     def __init__(self, source: Tensor, device: torch.device, *, locked: bool) -> None:
         self.source, self.device, self.locked = source, device, locked
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hidden-in")
+        self._thread = worker("hidden-in", device)
         self._slots: deque[_Slot] = deque()
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -110,7 +118,7 @@ class Writer:
 
     def __init__(self, device: torch.device, *, locked: bool) -> None:
         self.device, self.locked = device, locked
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hidden-out")
+        self._thread = worker("hidden-out", device)
         # What is under way is kept on the device until it has arrived.
         self._pending: deque[tuple[Future[None], Tensor]] = deque()
         self._slots: deque[_Slot] = deque()

@@ -6,7 +6,7 @@ Nothing here holds more than the tensors asked for: what a model of any size nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_core.errors import UserError
+from lolcats_core.streaming.copies import worker
 from lolcats_core.teacher_files import weight_files
 
 M = TypeVar("M", bound=PreTrainedModel)
@@ -125,7 +126,7 @@ class Prefetcher:
 
     def __init__(self, files: WeightFiles, device: torch.device) -> None:
         self.files, self.device = files, device
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+        self._thread = worker("weights", device)
         self._next: tuple[dict[str, str], Future[dict[str, Tensor]]] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
 
