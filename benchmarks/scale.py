@@ -10,7 +10,12 @@ streamed stage 1 with joint stage 1, on this device; a wrong result ends the run
 Streamed stage 1 runs through some of the model's layers (`layers` in a row, of `of_layers`), each read from a file of
 its own; the joint mode and stage 2 run the whole model, in whose depth those layers repeat. `hours` is what 20M tokens
 (two epochs of ten million) take at the measured seconds per layer, `planned_…` what `lolcats plan` says of that, and
-`…_over_plan` the one divided by the other.
+`…_over_plan` the one divided by the other. `parts` divides a streamed run's seconds per layer, and `step_ms` is one
+layer's training step; in the joint mode a layer's share of one. What does not grow with the rows (reading weights, most
+of validation) weighs less in a real run, which has 2 441 steps a layer.
+
+With `--profile` each streamed case also runs one layer of 20 steps under torch's profiler, whose tables of operators by
+the host's and by the device's time come to lie beside `--out`.
 """
 
 from __future__ import annotations
@@ -22,10 +27,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.case import TOKENS, Case, beside_plan, held_against_plan, keep_logs, launch
 from benchmarks.random_weights import SHAPES, RandomRows, Repeated, write_random
@@ -39,13 +46,16 @@ from lolcats_core.modeling import named_map_parameters
 from lolcats_core.params import TransferParams
 from lolcats_core.runtime import resolve_device
 from lolcats_core.segments import offloaded, segmented_loss
+from lolcats_core.streaming.stopwatch import Stopwatch
 from lolcats_core.streaming.transfer import streamed_attention_transfer
+from lolcats_core.training import total_steps
 from lolcats_core.transfer import attention_transfer
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the maps' norm, streamed against joint in float32
 # Bytes of the hidden states that stage 1 is measured with.
-HIDDEN = 2 * 2**30
+HIDDEN = {"joint": 2 * 2**30, "streamed": 4 * 2**30}
+PROFILED, ROWS_OF_PROFILE = 20, 40  # steps; lines of each table
 
 
 def check_streamed(work: Path, device: torch.device) -> float:
@@ -74,19 +84,21 @@ def check_streamed(work: Path, device: torch.device) -> float:
 
 def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[Case, argparse.Namespace], dict]:
     """Two epochs of stage 1 over as many rows as `HIDDEN` bytes hold, after a warm-up on one batch."""
+    mode = "streamed" if streamed else "joint"
 
     def run(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         model, batch, length = case.shape(name), options.batch, options.length
-        rows = options.rows or max(batch, HIDDEN // (length * model.hidden * case.dtype.itemsize))
-        folder, held = case.weights(name, buffer=2 * rows * length * model.hidden * case.dtype.itemsize)
+        row_bytes = length * model.hidden * case.dtype.itemsize
+        rows = options.rows or max(batch, HIDDEN[mode] // row_bytes)
+        folder, held = case.weights(name, buffer=2 * rows * row_bytes)
         shape = held if streamed else case.whole(name)
         config, params = llama_config(shape), case.params(length, batch)
         where: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
         student = None if streamed else load_student(Repeated(folder, held.layers), config, case.settings, **where)
-        elapsed = 0.0
-        for count in (batch, rows):  # the first compiles the kernels
+
+        def transfer(count: int, config: Any = config) -> tuple[float, Stopwatch]:
             data, held_out = RandomRows(count, length, shape.vocab, 0), RandomRows(batch, length, shape.vocab, 1)
-            scratch = Path(tempfile.mkdtemp(dir=case.work))
+            scratch, stopwatch = Path(tempfile.mkdtemp(dir=case.work)), Stopwatch(case.device)
             begin = case.start()
             if student is None:
                 streamed_attention_transfer(
@@ -98,6 +110,7 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
                     params.transfer,
                     scratch=scratch,
                     on_disk=buffer == "disk",
+                    stopwatch=stopwatch,
                     **where,
                 )
             else:
@@ -105,8 +118,23 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
             case.wait()
             elapsed = time.perf_counter() - begin
             shutil.rmtree(scratch)
-        tokens, per_layer = 2 * rows * length, elapsed / shape.layers
-        mode = "streamed" if streamed else "joint"
+            return elapsed, stopwatch
+
+        transfer(batch)  # compiles the kernels
+        elapsed, stopwatch = transfer(rows)
+        peak, tokens = case.peak(), 2 * rows * length
+        if streamed and options.profile:
+            one = llama_config(replace(shape, layers=1))
+            text = profiled(lambda: transfer(PROFILED * batch // 2, one), case.device)
+            options.row.with_suffix(".profile.txt").write_text(text)
+        once, per_layer, parts = 0.0, elapsed / shape.layers, {}
+        if streamed:
+            once = stopwatch.seconds.pop("embedding")
+            # The last layer has nobody to hand its outputs to.
+            passes = {"propagation": max(1, shape.layers - 1)}
+            parts = {part: seconds / passes.get(part, shape.layers) for part, seconds in stopwatch.seconds.items()}
+            per_layer = sum(parts.values())
+        seconds = per_layer * model.layers + once
         return {
             "mode": mode,
             "layers": shape.layers,
@@ -115,14 +143,33 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
             "batch": batch,
             "length": length,
             "seconds_per_layer": round(per_layer, 3),
-            "tokens_per_second": round(tokens / (per_layer * model.layers), 1),
-            "hours": round(per_layer * model.layers * TOKENS / tokens / 3600, 2),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "hours": round(seconds * TOKENS / tokens / 3600, 2),
+            "parts": {part: round(spent, 3) for part, spent in parts.items()},
+            "step_ms": round(1e3 * parts.get("training", per_layer) / total_steps(rows, params.transfer), 2),
+            "elapsed": round(elapsed, 1),
             "buffer": buffer if streamed else None,
-            **case.peak(),
+            **peak,
             **beside_plan(params, shape, model, "transfer", mode),
         }
 
     return run
+
+
+def profiled(work: Callable[[], Any], device: torch.device) -> str:
+    """Tables of the operators in `work` that take most of the host's and most of the device's time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        begin = time.perf_counter()
+        work()
+        elapsed = time.perf_counter() - begin
+    averages = profiler.key_averages()
+    orders = {"host": "self_cpu_time_total", "device": "self_device_time_total"}
+    tables = [
+        f"by the {which}'s own time\n{averages.table(order, row_limit=ROWS_OF_PROFILE, max_name_column_width=80)}"
+        for which, order in orders.items()
+    ]
+    return "\n".join([f"{PROFILED} steps of one layer, {elapsed:.3f} s under the profiler", *tables])
 
 
 def finetune_case(
@@ -238,13 +285,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--tiny", action="store_true", help="measure the smallest shape (to try the script)")
     parser.add_argument("--layers", type=int, help="layers of every case, fewer than the model has")
-    parser.add_argument("--rows", type=int, help="training rows of stage 1; as many as fill 2 GiB unless given")
+    parser.add_argument("--rows", type=int, help="training rows of stage 1; what fills 4 GiB (joint: 2) by default")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward pass of stage 1")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds per case")
     parser.add_argument("--total", type=float, default=480.0, help="seconds in which the last case must have ended")
     parser.add_argument("--work", type=Path, help="directory for weights and buffers; a temporary one by default")
+    parser.add_argument("--profile", action="store_true", help="write profiles of streamed cases beside --out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
@@ -258,7 +306,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     given = [(f"--{name}", getattr(options, name)) for name in ("layers", "rows", "length", "batch", "device")]
     arguments = [text for flag, value in given if value is not None for text in (flag, str(value))]
-    arguments += ["--tiny"] if options.tiny else []
+    arguments += [f"--{name}" for name in ("tiny", "profile") if getattr(options, name)]
     rows: list[dict[str, Any]] = []
     try:
         errors = run_checks(options)
@@ -274,6 +322,8 @@ def main() -> None:
             if options.out:
                 write_json(options.out, rows)
                 keep_logs(options.work, options.out.with_suffix(".log"))
+                for found in options.work.glob("*.profile.txt"):
+                    shutil.copy(found, options.out.with_name(f"{options.out.stem}.{found.name}"))
     finally:
         if temporary:
             shutil.rmtree(options.work, ignore_errors=True)

@@ -53,7 +53,10 @@ def window_dropout(module: nn.Module, share: float) -> Iterator[None]:
     A hybrid whose loss the window alone can satisfy stops using its linear branch (arXiv 2510.05901); a layer without
     its window has nothing else. Drawn from torch's generator, whose state is part of a step checkpoint.
     """
-    found = list(feature_maps(module).values()) if share else []
+    if not share:
+        yield
+        return
+    found = list(feature_maps(module).values())
     drawn = torch.rand(len(found)) < share
     with without_branch([maps for maps, off in zip(found, drawn.tolist(), strict=True) if off], "window"):
         yield

@@ -99,14 +99,16 @@ def train_memory(params: Params, shape: ModelShape) -> dict[str, float]:
 
 
 def streamed_memory(params: Params, shape: ModelShape) -> float:
-    """Bytes on the training device at the peak of a streamed stage 1: `train_memory` of one layer alone.
+    """Bytes on the training device at the peak of a streamed stage 1: `train_memory` of one layer alone, with the batch
+    that is read ahead and the two that are written behind.
 
     The embedding is there before the first layer, and alone.
     """
     wide = 2 if params.compute.precision == "bfloat16" else 4
     one = replace(shape, layers=1)
     embeddings = one.parameters - one.layer_parameters
-    whole = train_memory(params, one)["transfer"] - embeddings * wide
+    under_way = 3 * params.transfer.batch_size * params.data.sequence_length * shape.hidden * wide
+    whole = train_memory(params, one)["transfer"] - embeddings * wide + under_way
     return max(whole, wide * shape.vocab * shape.hidden)
 
 

@@ -55,7 +55,7 @@ def load_student(
     try:
         for layer, names in parts:
             stored = {name: source for name, source in names.items() if "feature_maps." not in name}
-            put(layer, read(files, stored, pin=False), device, dtype)
+            put(layer, read(files, stored), device, dtype)
             for found in feature_maps(layer).values():
                 found.to_empty(device=device)
                 found.reset_parameters(generator)
@@ -64,7 +64,7 @@ def load_student(
                 quantize_projections(layer)
             if shard is not None:
                 shard(layer)
-        put(student, read(files, around, pin=False), device, dtype)
+        put(student, read(files, around), device, dtype)
     finally:
         files.close()
     cast(nn.Embedding, student.linearized).to_empty(device=device).weight.data.zero_()

@@ -1,7 +1,8 @@
 """What linearizing a model costs on given GPUs, and the best mode of each stage (`lolcats plan`).
 
 Memory, disk and work follow from the shapes; time from the measured shares of a GPU's matrix-product rate in
-`doctor.EFFICIENCY` and the rates in `GPUS`. docs/scale.md holds the estimates against measurements.
+`doctor.EFFICIENCY`, the rates in `GPUS`, and where a GPU has too little to do from the host's time in `HOST_SECONDS`.
+docs/scale.md holds the estimates against measurements.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ GPUS = {
     "a100-40": GPU(39 * GIB, 0.7 * 312e12),
     "rtx4090": GPU(23.5 * GIB, 0.7 * 165e12),
 }
-# Bytes per second that one disk and one PCIe link are taken to give.
-DISK_RATE, HOST_RATE = 2e9, 20e9
+# Bytes per second that reading a layer's weights from the files and one PCIe link are taken to give.
+WEIGHT_RATE, HOST_RATE = 2e9, 20e9
+# Seconds of the host for one layer of one step, forwards and backwards; a GPU that needs less waits. Estimates.
+HOST_SECONDS = {"transfer": 3e-3, "finetune": 10e-3}
 # Bytes of a weight in NF4 with its share of a block's scale.
 NF4_BYTES = 0.5 + 4 / 64
 
@@ -109,7 +112,9 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
     weights, work = shape.parameters * wide, flops_per_token(params, shape)["transfer"]
     rate = gpu.rate * EFFICIENCY["cuda"]["transfer"]
     own = train_memory(params, shape)["transfer"] - weights
-    seconds = tokens * work / rate / gpus
+    passes = tokens / (gpus * params.transfer.batch_size * params.data.sequence_length)
+    host = passes * shape.layers * HOST_SECONDS["transfer"]
+    seconds = max(tokens * work / rate / gpus, host)
     yield Choice("transfer", "joint", weights + own, weights, 0, seconds, _fit(weights + own, gpu) and gpus == 1)
     if gpus > 1:
         memory = _divided(shape, wide, gpus) + own
@@ -122,17 +127,21 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
         * shape.layers
         * (shape.layer_parameters - shape.hidden * shape.head_dim * (shape.heads + 2 * shape.key_heads))
     )
-    moving = flops_per_token(params, shape)["transfer"] * (tokens / epochs)
-    compute = (tokens * (work - skipped) + moving) / rate / gpus
-    # Weights and rows are read and written while the GPU computes.
-    traffic = weights / DISK_RATE + shape.layers * buffer * (epochs + 2) / HOST_RATE
+    training = max(tokens * (work - skipped) / rate / gpus, host)
+    moving = max(work * (tokens / epochs) / rate / gpus, host / epochs)
+    # Rows, and the next layer's weights, are read and written while the GPU computes; only the first layer's weights
+    # are waited for, and all of them on their way to the GPU.
+    traffic = shape.layers * buffer * (epochs + 2) / HOST_RATE
+    layer = shape.layer_parameters * wide
+    hidden = max(training + moving, traffic, shape.layers * layer / WEIGHT_RATE)
+    seconds = hidden + layer / WEIGHT_RATE + shape.layers * layer / HOST_RATE
     yield Choice(
         "transfer",
         "streamed",
         memory,
-        2 * shape.layer_parameters * wide,
+        2 * layer,
         buffer,
-        max(compute, traffic),
+        seconds,
         _fit(memory, gpu),
     )
 
@@ -152,7 +161,9 @@ def _finetune(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
         if chosen is params and params.compute.gradient_checkpointing:
             continue
         own = train_memory(chosen, shape)["finetune"] - weights
-        seconds = tokens * flops_per_token(params, shape)["finetune"] * factor / rate / gpus
+        passes = tokens / (gpus * params.finetune.batch_size * params.data.sequence_length)
+        host = passes * shape.layers * HOST_SECONDS["finetune"]
+        seconds = max(tokens * flops_per_token(params, shape)["finetune"] / rate / gpus, host) * factor
         if gpus == 1:
             yield Choice("finetune", f"whole{label}", weights + own, weights, 0, seconds, _fit(weights + own, gpu))
         else:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -64,9 +65,14 @@ def step_batches(rows: int, params: TrainingParams, seed: int, step: int) -> lis
     """Row indices of each micro-batch of optimiser step `step` (from 0), a function of its arguments alone."""
     per_step = params.batch_size * params.gradient_accumulation
     epoch, position = divmod(step, math.ceil(rows / per_step))
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
-    chosen = order[position * per_step : (position + 1) * per_step]
+    chosen = _order(rows, seed, epoch)[position * per_step : (position + 1) * per_step].copy()
     return [chosen[i : i + params.batch_size] for i in range(0, len(chosen), params.batch_size)]
+
+
+@lru_cache(maxsize=1)
+def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch in their order; kept, since every step asks for it."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
 
 
 def learning_rate_scale(params: TrainingParams, step: int, steps: int) -> float:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lolcats_core.errors import UserError
+from lolcats_core.streaming.copies import Reader, Writer, page_lock
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"
 # Bytes of a block, at least one batch. After each one everything waits until it has arrived.
@@ -39,7 +38,7 @@ class HiddenBuffer:
         rows, tokens, width: of the calibration set.
         batch: rows per forward pass; a block holds a multiple.
         folder: where the file lies that keeps the rows through a crash; None keeps them in memory.
-        device: where rows are computed; on a GPU, copies overlap with its work.
+        device: where rows are computed; copies overlap with its work (`copies`).
         resume: continue with the rows that an earlier run left in the file.
         writer: whether this process makes the file and its counter (of several that share it, one).
 
@@ -66,29 +65,27 @@ class HiddenBuffer:
     ) -> None:
         self.rows, self.folder, self.writer = rows, folder, writer
         self.device = device or torch.device("cpu")
-        self._pool, self._pending = ThreadPoolExecutor(1, thread_name_prefix="hidden"), deque[Future[None]]()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="hidden-ahead")
-        self._ahead: tuple[int, bytes, Future[Tensor]] | None = None
+        self._ahead: tuple[int, bytes, Callable[[], Tensor]] | None = None
         row_bytes = tokens * width * dtype.itemsize
         self.block = batch * min(max(1, block_bytes // (row_bytes * batch)), -(-rows // batch))
         self.blocks = -(-rows // self.block)
         shape = ((self.blocks + 1) * self.block, tokens, width)
         self.layer, self.done = 0, 0
-        self._locked = False  # whether the device copies from and to the rows directly
         self._key = f"{rows}x{tokens}x{width} {dtype} by {self.block}, boot {_boot_id()}"
         if folder is None:
             self._data = torch.empty(shape, dtype=dtype)
-            if self.device.type == "cuda" and _page_lock(self._data):
-                self._locked = True
-                weakref.finalize(self, _page_unlock, self._data).atexit = False
-            return
-        if writer and not resume:
-            self.remove()
-        if writer:
-            self._make(folder, shape[0] * row_bytes)
-        # The file may be larger than memory; the page cache holds as much of it as there is room for.
-        raw = np.memmap(folder / DATA, dtype=np.uint8, mode="r+", shape=(shape[0] * row_bytes,))
-        self._data = torch.from_numpy(raw).view(dtype).view(shape)
+        else:
+            if writer and not resume:
+                self.remove()
+            if writer:
+                self._make(folder, shape[0] * row_bytes)
+            # The file may be larger than memory; the page cache holds as much of it as there is room for.
+            raw = np.memmap(folder / DATA, dtype=np.uint8, mode="r+", shape=(shape[0] * row_bytes,))
+            self._data = torch.from_numpy(raw).view(dtype).view(shape)
+        # Memory is locked whole where that is allowed, so that the device copies from and to it directly.
+        locked = folder is None and self.device.type == "cuda" and page_lock(self._data, self)
+        self._reader = Reader(self._data, self.device, locked=locked)
+        self._writer = Writer(self.device, locked=locked)
 
     def _make(self, folder: Path, size: int) -> None:
         """The file, as an earlier run left it or empty."""
@@ -124,51 +121,25 @@ class HiddenBuffer:
         return range(block * self.block, min((block + 1) * self.block, self.rows))
 
     def expect(self, layer: int, rows: np.ndarray) -> None:
-        """Begin to bring together what the next `read` will ask for, on a thread of its own."""
-        if not self._locked:
-            places = self._places(layer, rows)
-            self._ahead = layer, places.tobytes(), self._reader.submit(self._gather, places)
+        """Begin to bring to the device what the next `read` will ask for."""
+        places = self._places(layer, rows)
+        self._ahead = layer, places.tobytes(), self._reader.start(places)
 
     def read(self, layer: int, rows: np.ndarray) -> Tensor:
-        """Inputs [n, T, d] of `layer` on the device."""
+        """Inputs [n, T, d] of `layer` on the device; on a GPU they are there until the next `read`."""
         places, (ahead, self._ahead) = self._places(layer, rows), (self._ahead, None)
-        if self._locked:
-            out = torch.empty((len(rows), *self._data.shape[1:]), dtype=self._data.dtype, device=self.device)
-            for i, place in enumerate(places):
-                out[i].copy_(self._data[place], non_blocking=True)
-            return out
-        expected = ahead is not None and ahead[:2] == (layer, places.tobytes())
-        gathered = cast(Any, ahead)[2].result() if expected else self._gather(places)
-        return gathered.to(self.device, non_blocking=True)
-
-    def _gather(self, places: np.ndarray) -> Tensor:
-        shape = (len(places), *self._data.shape[1:])
-        staged = torch.empty(shape, dtype=self._data.dtype, pin_memory=self.device.type == "cuda")
-        return torch.index_select(self._data, 0, torch.from_numpy(places), out=staged)
+        if ahead is not None and ahead[:2] == (layer, places.tobytes()):
+            return ahead[2]()
+        return self._reader.start(places)()
 
     def write(self, layer: int, rows: np.ndarray, hidden: Tensor) -> None:
         """Put inputs of `layer` into the block that comes next; `commit` makes them count."""
         first = int(self._places(layer, rows[:1])[0])
-        target = self._data[first : first + len(rows)]
-        if hidden.device.type != "cuda":
-            target.copy_(hidden)
-        elif self._locked:
-            target.copy_(hidden, non_blocking=True)
-        else:
-            staged = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-            staged.copy_(hidden, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-            while len(self._pending) > 1:  # so many staged batches at most
-                self._pending.popleft().result()
-            self._pending.append(self._pool.submit(_write_staged, arrived, staged, target))
+        self._writer.put(hidden, self._data[first : first + len(rows)])
 
     def settle(self) -> None:
         """Wait until everything that was written has arrived."""
-        while self._pending:
-            self._pending.popleft().result()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._writer.wait()
 
     def commit(self, layer: int, block: int) -> None:
         """`block` now stands at `layer`, after `settle` in every process."""
@@ -183,27 +154,6 @@ class HiddenBuffer:
     def _places(self, layer: int, rows: np.ndarray) -> np.ndarray:
         block, within = np.divmod(np.asarray(rows, dtype=np.int64), self.block)
         return (block - layer) % (self.blocks + 1) * self.block + within
-
-
-def _page_lock(data: Tensor) -> bool:
-    """Lock memory for direct copies (torch's own pinned memory is rounded up to a power of two); where the system does
-    not allow so much, copies go through small locked pieces instead."""
-    try:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(data.data_ptr(), data.nbytes, 0))
-    except RuntimeError:
-        return False
-    return True
-
-
-def _page_unlock(data: Tensor) -> None:
-    """Before the memory is freed: the driver would take whatever comes to lie at its address for locked."""
-    torch.cuda.synchronize()
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(data.data_ptr()))
-
-
-def _write_staged(arrived: torch.cuda.Event, staged: Tensor, target: Tensor) -> None:
-    arrived.synchronize()
-    target.copy_(staged)
 
 
 def _boot_id() -> str:

@@ -1,7 +1,8 @@
-"""Running a model one layer at a time: its own decoder loop, in which all layers but one are stubs.
+"""Running a model one layer at a time, each as the model's own decoder loop would call it.
 
 Every family calls its layers in its own way (masks by layer type, rotary embeddings by layer type, scaled embeddings).
-So the family's own forward runs, and only what stands in its list of layers changes.
+So the family's own forward runs with stubs in the place of its layers, and says with what it calls the one that is
+wanted. Where every row is one document that depends on the shape of the batch alone, so it is asked once per layer.
 
 # B batch, T tokens, d hidden size, V vocabulary
 """
@@ -20,10 +21,15 @@ from lolcats_core.attention import HybridContext, document_numbers
 from lolcats_core.modeling import LinearizedMixin
 from lolcats_core.streaming.weights import Prefetcher, WeightFiles, drop, names_in, put
 
+# Positional and keyword arguments.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-class _Done(Exception):
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+
+class _Reached(Exception):
+    """A forward pass has come to the layer that it was to reach, which would get `hidden` and the rest of `call`."""
+
+    def __init__(self, hidden: Tensor, call: Arguments) -> None:
+        self.hidden, self.call = hidden, call
 
 
 class StopForward(Exception):
@@ -39,18 +45,11 @@ class _Stub(nn.Module):
         return hidden if self.inject is None else self.inject
 
 
-class _Last(nn.Module):
-    """Ends the forward pass with the output of `layer` on `hidden`, or with what arrives where there is no layer."""
-
-    def __init__(self, layer: nn.Module | None = None, hidden: Tensor | None = None) -> None:
-        super().__init__()
-        self.layer, self.hidden = layer, hidden
+class _End(nn.Module):
+    """Stands in for the layer at which a forward pass ends."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.layer is not None:
-            out = self.layer(self.hidden, *args, **kwargs)
-            hidden = out[0] if isinstance(out, tuple) else out
-        raise _Done(hidden)
+        raise _Reached(hidden, (args, kwargs))
 
 
 class Sweep:
@@ -74,7 +73,9 @@ class Sweep:
         # Tied embeddings have one name; each end reads it for itself.
         self.ends = {"embedding": [(table, names_in(model, table))]}
         self.ends["head"] = [(m, names_in(model, m)) for m in behind]
-        self.prefetcher = Prefetcher(files, pin=device.type == "cuda")
+        self.prefetcher = Prefetcher(files, device)
+        # By layer and shape of the batch, while the layer has its weights.
+        self.calls: dict[tuple[int, torch.Size], Arguments] = {}
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))
@@ -92,6 +93,7 @@ class Sweep:
         try:
             yield layer
         finally:
+            self.calls.clear()
             drop(layer)
 
     @contextmanager
@@ -108,7 +110,8 @@ class Sweep:
     @torch.no_grad()
     def embed(self, batch: dict[str, Tensor]) -> Tensor:
         """Inputs of the first layer, [B, T, d]; inside `end("embedding")`."""
-        return self._until(0, _Last(), {"input_ids": batch["input_ids"]}, batch, None)
+        hidden, _ = self._until(0, batch, input_ids=batch["input_ids"])
+        return hidden
 
     @torch.no_grad()
     def forward_layer(
@@ -120,11 +123,22 @@ class Sweep:
             batch: position_ids [B, T] for packed documents. observer: as in `HybridContext`; when it raises
                 `StopForward` the answer is None.
         """
-        last = _Last(self.layers[index], hidden)
+        positions = batch.get("position_ids")
+        own: dict[str, Any] = {}
+        if isinstance(self.model, LinearizedMixin):
+            document = None if positions is None else document_numbers(positions)
+            own["hybrid"] = HybridContext(observer=observer, document=document)
+        call = self.calls.get((index, hidden.shape)) if positions is None else None
+        if call is None:
+            _, call = self._until(index, batch, inputs_embeds=hidden, **own)
+        if positions is None:
+            self.calls[index, hidden.shape] = call
+        args, kwargs = call
         try:
-            return self._until(index, last, {"inputs_embeds": hidden}, batch, observer)
+            out = self.layers[index](hidden, *args, **{**kwargs, **own})
         except StopForward:
             return None
+        return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -137,20 +151,13 @@ class Sweep:
         finally:
             stub.inject = None
 
-    def _until(
-        self, index: int, last: nn.Module, given: dict[str, Any], batch: dict[str, Tensor], observer: Any
-    ) -> Tensor:
-        # Not registered as a child of the model: the layer's own weights must not show up there.
-        layers = [*self.stubs[:index], last, *self.stubs[index + 1 :]]
-        self.decoder.layers = nn.ModuleList(layers)
-        positions = batch.get("position_ids")
-        if observer is not None and isinstance(self.model, LinearizedMixin):
-            document = None if positions is None else document_numbers(positions)
-            given = {**given, "hybrid": HybridContext(observer=observer, document=document)}
+    def _until(self, index: int, batch: dict[str, Tensor], **given: Any) -> tuple[Tensor, Arguments]:
+        """What the decoder brings to layer `index` from the inputs `given`: hidden states, and the rest of the call."""
+        self.decoder.layers = nn.ModuleList([*self.stubs[:index], _End(), *self.stubs[index + 1 :]])
         try:
-            self.decoder(position_ids=positions, use_cache=False, **given)
-        except _Done as done:
-            return done.hidden
+            self.decoder(position_ids=batch.get("position_ids"), use_cache=False, **given)
+        except _Reached as reached:
+            return reached.hidden, reached.call
         finally:
             self.decoder.layers = self.stubs
         raise AssertionError("a decoder's loop did not reach the layer")

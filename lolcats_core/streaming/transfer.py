@@ -12,10 +12,10 @@ rounding.
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,9 +36,11 @@ from lolcats_core.files import atomic_file
 from lolcats_core.modeling import empty_student, feature_maps
 from lolcats_core.params import TransferParams
 from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
+from lolcats_core.streaming.rows import Calibration, HiddenRows
+from lolcats_core.streaming.stopwatch import Stopwatch
 from lolcats_core.streaming.sweep import StopForward, Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights
-from lolcats_core.training import Rows, TrainResult, step_batches, total_steps, train
+from lolcats_core.training import Rows, TrainResult, train
 from lolcats_core.transfer import (
     Errors,
     HeadErrors,
@@ -49,71 +51,7 @@ from lolcats_core.transfer import (
     mean_values,
 )
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """Training and validation rows as one set; the number of a row is its place in the buffer.
-
-    `train` holds the rows that training will see, in order; `validation` how many rows follow them.
-    """
-
-    rows: Rows
-    held_out: Rows
-    train: np.ndarray
-    validation: int
-
-    @classmethod
-    def plan(cls, rows: Rows, held_out: Rows, params: TransferParams, seed: int) -> Calibration:
-        steps = range(total_steps(len(rows), params))
-        seen = [indices for step in steps for indices in step_batches(len(rows), params, seed, step)]
-        used = np.unique(np.concatenate(seen)) if seen else np.arange(0)
-        return cls(rows, held_out, used, min(len(held_out), params.max_eval_rows or len(held_out)))
-
-    def __len__(self) -> int:
-        return len(self.train) + self.validation
-
-    def batch(self, places: np.ndarray) -> dict[str, Tensor]:
-        """The tokens of rows by their places in the buffer, all training rows or all validation rows."""
-        if places[0] < len(self.train):
-            return self.rows.batch(self.train[places])
-        return self.held_out.batch(places - len(self.train))
-
-    def groups(self, places: range, size: int) -> list[np.ndarray]:
-        """`places` in batches of at most `size` that do not mix training and validation rows."""
-        edge = len(self.train)
-        parts = (range(places.start, min(places.stop, edge)), range(max(places.start, edge), places.stop))
-        return [np.arange(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
-
-
-class _HiddenRows:
-    """The training rows as `train` reads them: a layer's inputs instead of token ids.
-
-    `following` says which rows are read after which, so that they are brought together ahead.
-    """
-
-    def __init__(
-        self, calibration: Calibration, buffer: HiddenBuffer, layer: int, following: dict[bytes, np.ndarray]
-    ) -> None:
-        self.calibration, self.buffer, self.layer, self.following = calibration, buffer, layer, following
-        self.sequence_length = calibration.rows.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.calibration.rows)
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        indices = np.asarray(indices)
-        batch = self.at(self._places(indices))
-        if indices.tobytes() in self.following:
-            self.buffer.expect(self.layer, self._places(self.following[indices.tobytes()]))
-        return batch
-
-    def _places(self, indices: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.calibration.train, indices)
-
-    def at(self, places: np.ndarray) -> dict[str, Tensor]:
-        batch = self.calibration.batch(places)
-        del batch["input_ids"]
-        return {**batch, "hidden": self.buffer.read(self.layer, places)}
+logger = logging.getLogger(__name__)
 
 
 class StreamedTransfer:
@@ -130,16 +68,13 @@ class StreamedTransfer:
         seed: int,
         log: Callable[[dict[str, float], int], None],
         on_disk: bool,
+        stopwatch: Stopwatch,
         block_bytes: int = BLOCK,
     ) -> None:
         self.sweep, self.calibration, self.params = sweep, calibration, params
-        self.scratch, self.seed, self.log = scratch, seed, log
+        self.scratch, self.seed, self.log, self.stopwatch = scratch, seed, log, stopwatch
         self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
         self.names = names
-        steps = range(total_steps(len(calibration.rows), params))
-        batches = [step_batches(len(calibration.rows), params, seed, step) for step in steps]
-        mine = [parallel.part(indices)[0] for step in batches for indices in step]
-        self.following = {before.tobytes(): after for before, after in pairwise(mine)}
         self.generator = torch.Generator().manual_seed(seed)
         config = cast(Any, sweep.model.config)
         self.make_buffer = lambda writer: HiddenBuffer(
@@ -164,7 +99,7 @@ class StreamedTransfer:
             self.buffer.layer, self.buffer.done = -1, -1
         self.buffer.layer, self.buffer.done = parallel.broadcast((self.buffer.layer, self.buffer.done))
         if self.buffer.layer == 0 and not self.buffer.complete:
-            with self.sweep.end("embedding"):
+            with self.stopwatch.part("embedding"), self.sweep.end("embedding"):
                 self._advance(0, self.sweep.embed)
         last = max(self.maps)
         for index in range(last + 1):
@@ -172,13 +107,19 @@ class StreamedTransfer:
             initial = self._initial(index)
             if self._done(index) and (moved_on or index == last):
                 continue
-            with self.sweep.layer(index) as layer:
+            begun = dict(self.stopwatch.seconds)
+            with ExitStack() as stack:
+                with self.stopwatch.part("reading weights"):
+                    layer = stack.enter_context(self.sweep.layer(index))
                 if not self._done(index):
                     if self.buffer.layer != index:
                         raise UserError(f"{self._file(index)} is gone; delete {self.scratch} to start stage 1 again")
-                    self._train(index, layer, initial)
+                    with self.stopwatch.part("training"):
+                        self._train(index, layer, initial)
                 if index < last:
-                    self._propagate(index)
+                    with self.stopwatch.part("propagation"):
+                        self._propagate(index)
+            logger.info("layer %d took %s", index, self.stopwatch.since(begun))
 
     def _initial(self, index: int) -> dict[str, Tensor]:
         """Initial maps of a layer, the draws of `linearize`, which come in the order of the layers."""
@@ -204,7 +145,7 @@ class StreamedTransfer:
         wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
         for name, value in initial.items():
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
-        rows = _HiddenRows(self.calibration, self.buffer, index, self.following)
+        rows = HiddenRows(self.calibration, self.buffer, index)
 
         def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
             def observe(*arguments: Any) -> None:
@@ -219,20 +160,22 @@ class StreamedTransfer:
                 show(batch, observer)
             return observer.scalars()
 
-        def held_out(indices: np.ndarray) -> dict[str, Tensor]:
-            batch = rows.at(indices + len(self.calibration.train))
-            return {name: value.to(sweep.device) for name, value in batch.items()}
+        def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(sweep.device, non_blocking=True) for name, value in batch.items()}
 
         def held_out_errors(indices: np.ndarray) -> dict[str, Tensor]:
             observer = HeadErrors()
-            show(held_out(indices), observer)
+            show(on_device(rows.held_out(indices)), observer)
             return observer.values
+
+        def evaluate() -> dict[str, float]:
+            with self.stopwatch.part("validation"):
+                return mean_losses(lambda i: losses(on_device(rows.held_out(i))), validation, params.batch_size)
 
         validation = self.calibration.validation
         if maps.settings.feature_map_init == "calibrated":
             first = rows.batch(calibration_rows(len(rows), params, self.seed))
-            on_device = {name: value.to(sweep.device) for name, value in first.items()}
-            show(on_device, functools.partial(calibrate_layer, seed=self.seed))
+            show(on_device(first), functools.partial(calibrate_layer, seed=self.seed))
 
         own_scratch = self.scratch / f"layer_{index:03d}"
         result = train(
@@ -240,14 +183,15 @@ class StreamedTransfer:
             step=losses,
             rows=rows,
             params=params,
-            evaluate=lambda: mean_losses(lambda i: losses(held_out(i)), validation, params.batch_size),
+            evaluate=evaluate,
             scratch=own_scratch,
             seed=self.seed,
             device=sweep.device,
             log=lambda metrics, step: self.log(_of_layers(metrics), step),
             label=f"attention transfer, layer {index} (of {len(sweep.layers)})",
         )
-        errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
+        with self.stopwatch.part("validation"):
+            errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
         if parallel.is_main():
             tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
             with atomic_file(self._result(index)) as partial:
@@ -263,16 +207,20 @@ class StreamedTransfer:
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.sweep.device
-        for block in buffer.next_block(target):
-            groups = self.calibration.groups(buffer.block_rows(block), self.params.batch_size)
-            parts = [mine for mine, share in map(parallel.part, groups) if share]
-            for number, mine in enumerate(parts):
-                batch = self.calibration.batch(mine)
+        blocks = buffer.next_block(target)
+        groups = [self.calibration.groups(buffer.block_rows(block), self.params.batch_size) for block in blocks]
+        parts = [[mine for mine, share in map(parallel.part, batches) if share] for batches in groups]
+        following = iter([mine for batches in parts for mine in batches][1:])
+        for block, batches in zip(blocks, parts, strict=True):
+            for mine in batches:
                 if target:
-                    batch = {**batch, "hidden": buffer.read(target - 1, mine)}
-                    del batch["input_ids"]
-                    for after in parts[number + 1 : number + 2]:
+                    batch = {**self.calibration.positions(mine), "hidden": buffer.read(target - 1, mine)}
+                    # Inputs of the block after this one stay where they are until that one is written.
+                    after = next(following, None)
+                    if after is not None:
                         buffer.expect(target - 1, after)
+                else:
+                    batch = self.calibration.batch(mine)
                 out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 buffer.write(target, mine, cast(Tensor, out))
             buffer.settle()
@@ -334,6 +282,7 @@ def streamed_attention_transfer(
     seed: int = 0,
     on_disk: bool = True,
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    stopwatch: Stopwatch | None = None,
     block_bytes: int = BLOCK,
 ) -> tuple[dict[str, Tensor], TrainResult, Errors]:
     """Stage 1 with one layer of the teacher in memory at a time.
@@ -344,6 +293,7 @@ def streamed_attention_transfer(
         scratch: directory of finished layers, the step checkpoint and the buffer; the same one continues a killed run.
         on_disk: keep the hidden states in a file there, where a killed run finds them; in memory they are computed
             again up to the layer that was being trained.
+        stopwatch: takes the seconds of each part of the work.
 
     Returns:
         Every feature map by its name in the student, on the CPU, what the run did, and what `head_errors` of the joint
@@ -374,6 +324,7 @@ def streamed_attention_transfer(
             seed=seed,
             log=log,
             on_disk=on_disk,
+            stopwatch=stopwatch or Stopwatch(device),
             block_bytes=block_bytes,
         )
         work.run()

@@ -6,8 +6,9 @@ Nothing here holds more than the tensors asked for: what a model of any size nee
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_core.errors import UserError
+from lolcats_core.streaming.copies import worker
 from lolcats_core.teacher_files import weight_files
 
 M = TypeVar("M", bound=PreTrainedModel)
 # Names in checkpoints that transformers' modules no longer have (GPT-NeoX).
 RENAMED = {"embed_out.weight": "lm_head.weight"}
+# Bytes at a multiple of which each tensor of a part begins.
+ALIGNED = 256
 
 
 class WeightFiles:
@@ -82,10 +86,9 @@ def names_in(model: nn.Module, module: nn.Module) -> dict[str, str]:
     return {name: canonical[id(p)] for name, p in module.named_parameters()}
 
 
-def read(files: WeightFiles, names: dict[str, str], pin: bool) -> dict[str, Tensor]:
-    """The tensors of `names_in`, in memory (not mapped), page-locked with `pin`."""
-    tensors = {name: files[stored] for name, stored in names.items()}
-    return {name: tensor.pin_memory() if pin else tensor for name, tensor in tensors.items()}
+def read(files: WeightFiles, names: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of `names_in`, mapped from the files."""
+    return {name: files[stored] for name, stored in names.items()}
 
 
 def put(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
@@ -115,21 +118,44 @@ def drop(module: nn.Module) -> None:
 
 
 class Prefetcher:
-    """Reads the weights of the next part on a thread of its own while the device works on this one."""
+    """Reads the weights of the next part on a thread of its own while the device works on this one.
 
-    def __init__(self, files: WeightFiles, pin: bool) -> None:
-        self.files, self.pin = files, pin
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
+    For a GPU they wait in one page-locked piece of memory that every part uses again, so the device itself never holds
+    more than one part.
+    """
+
+    def __init__(self, files: WeightFiles, device: torch.device) -> None:
+        self.files, self.device = files, device
+        self._thread = worker("weights", device)
         self._next: tuple[dict[str, str], Future[dict[str, Tensor]]] | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     def start(self, names: dict[str, str]) -> None:
         """Begin to read `names`; what was begun before is dropped."""
-        self._next = names, self._pool.submit(read, self.files, names, self.pin)
+        if self.device.type != "cuda":
+            self._next = names, self._thread.submit(read, self.files, names)
+            return
+        # The part before may still be on its way from the same memory.
+        taken = torch.cuda.Event(blocking=True)
+        taken.record(torch.cuda.current_stream(self.device))
+        self._next = names, self._thread.submit(self._lock, names, taken)
 
     def take(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """The tensors of `names`, from the thread if they were begun."""
+        """The tensors of `names`, from the thread if they were begun; to be copied away before the next `start`."""
         begun, self._next = self._next, None
-        return begun[1].result() if begun is not None and begun[0] == names else read(self.files, names, self.pin)
+        return begun[1].result() if begun is not None and begun[0] == names else read(self.files, names)
+
+    def _lock(self, names: dict[str, str], taken: torch.cuda.Event) -> dict[str, Tensor]:
+        mapped = read(self.files, names)
+        starts = [0, *accumulate(-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in mapped.values())]
+        taken.synchronize()
+        if self._memory.nbytes < starts[-1]:
+            self._memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+        pieces = (
+            self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for start, tensor in zip(starts, mapped.values(), strict=False)
+        )
+        return {name: piece.copy_(mapped[name]) for name, piece in zip(mapped, pieces, strict=True)}
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        self._thread.shutdown(wait=True)

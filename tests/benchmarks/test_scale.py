@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def options(work: Path, **changes: object) -> argparse.Namespace:
-    values = {"tiny": True, "layers": 2, "rows": 8, "length": 64, "batch": 4, "device": "cpu"}
+    values = {"tiny": True, "layers": 2, "rows": 8, "length": 64, "batch": 4, "device": "cpu", "profile": False}
     return argparse.Namespace(**{**values, "work": work, "row": work / "row.json", **changes})
 
 
@@ -56,6 +56,17 @@ def test_each_kind_of_case_has_a_row(tmp_path: Path, case: str) -> None:
     assert row["case"] == case
     assert row["tokens_per_second"] > 0
     assert (row["layers"], row["of_layers"]) == (2, 3)
+
+
+def test_a_streamed_row_says_where_its_time_went_and_its_profile_lies_beside_it(tmp_path: Path) -> None:
+    run_case(options(tmp_path, case="streamed_8b", profile=True))
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["parts"].keys() == {"reading weights", "training", "validation", "propagation"}
+    assert sum(row["parts"].values()) == pytest.approx(row["seconds_per_layer"], abs=0.01)
+    assert row["step_ms"] == pytest.approx(1e3 * row["parts"]["training"] / 4, rel=0.1)
+    text = (tmp_path / "row.profile.txt").read_text()
+    assert "by the host's own time" in text
+    assert "aten::" in text
 
 
 def test_the_plan_beside_a_row_is_that_of_the_measured_shape_and_of_the_whole_models_hours(

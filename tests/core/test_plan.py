@@ -11,7 +11,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.known_models import KNOWN_MODELS, ModelShape
 from lolcats_core.modeling import FAMILIES
 from lolcats_core.params import Params, presets
-from lolcats_core.plan import parse_gpus, parse_tokens, plan
+from lolcats_core.plan import HOST_SECONDS, WEIGHT_RATE, parse_gpus, parse_tokens, plan
 from tests.core.test_doctor import preset
 from tests.core.tiny import tiny_teacher
 
@@ -64,6 +64,29 @@ def test_a_quantized_base_makes_70b_fit_where_the_whole_does_not() -> None:
     assert not choices["finetune", "whole, checkpointing"].fits
     assert choices["finetune", "quantized, checkpointing"].best
     assert choices["finetune", "quantized, checkpointing"].memory < 60 * GIB
+
+
+@pytest.mark.parametrize(
+    ("stage", "mode"), [("transfer", "joint"), ("transfer", "streamed"), ("finetune", "whole, checkpointing")]
+)
+def test_few_rows_a_step_cost_the_hosts_time_and_many_do_not(stage: str, mode: str) -> None:
+    shape = SHAPES["llama3_1_8b"]
+
+    def hours(rows: int) -> float:
+        params = preset("llama3_1_8b", **{"transfer.batch_size": rows, "finetune.batch_size": rows})
+        return modes(params, shape, 1, "h200")[stage, mode].seconds / 3600
+
+    steps = 20_000_000 / preset("llama3_1_8b").data.sequence_length
+    assert hours(1) >= steps * shape.layers * HOST_SECONDS[stage] / 3600
+    assert hours(1) > 1.5 * hours(2)
+    assert hours(64) == hours(128)
+
+
+def test_a_streamed_run_of_few_tokens_takes_the_time_of_reading_the_weights() -> None:
+    shape = SHAPES["llama3_1_405b"]
+    weights = 2 * shape.layers * shape.layer_parameters
+    few = modes(preset("llama3_1_405b"), shape, 1, "h200", tokens=10_000)["transfer", "streamed"]
+    assert weights / WEIGHT_RATE < few.seconds < 1.2 * weights / WEIGHT_RATE
 
 
 def test_the_mode_is_chosen_by_what_fits_unless_it_is_given() -> None:
