@@ -92,7 +92,7 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
         rows = options.rows or max(batch, HIDDEN[mode] // row_bytes)
         folder, held = case.weights(name, buffer=2 * rows * row_bytes)
         shape = held if streamed else case.whole(name)
-        config, params = llama_config(shape), case.params(length, batch)
+        config, params = llama_config(shape), case.params(length, batch, transfer={"buffer": buffer})
         where: dict[str, Any] = {"device": case.device, "dtype": case.dtype}
         student = None if streamed else load_student(Repeated(folder, held.layers), config, case.settings, **where)
 

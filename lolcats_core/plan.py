@@ -38,8 +38,10 @@ GPUS = {
 }
 # Bytes per second that reading a layer's weights from the files and one PCIe link are taken to give.
 WEIGHT_RATE, HOST_RATE = 2e9, 20e9
-# Seconds of the host for one layer of one step, forwards and backwards; a GPU that needs less waits. Estimates.
-HOST_SECONDS = {"transfer": 3e-3, "finetune": 10e-3}
+# Bytes per second of hidden states between the GPU and their buffer; a file's by way of the page cache, as measured.
+ROW_RATE = {"memory": HOST_RATE, "disk": 13e9}
+# Seconds of the host for one layer of one step, forwards and backwards; a GPU that needs less waits. As measured.
+HOST_SECONDS = {"transfer": 4.3e-3, "finetune": 10e-3}
 # Bytes of a weight in NF4 with its share of a block's scale.
 NF4_BYTES = 0.5 + 4 / 64
 
@@ -131,7 +133,7 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
     moving = max(work * (tokens / epochs) / rate / gpus, host / epochs)
     # Rows, and the next layer's weights, are read and written while the GPU computes; only the first layer's weights
     # are waited for, and all of them on their way to the GPU.
-    traffic = shape.layers * buffer * (epochs + 2) / HOST_RATE
+    traffic = shape.layers * buffer * (epochs + 2) / ROW_RATE[params.transfer.buffer]
     layer = shape.layer_parameters * wide
     hidden = max(training + moving, traffic, shape.layers * layer / WEIGHT_RATE)
     seconds = hidden + layer / WEIGHT_RATE + shape.layers * layer / HOST_RATE
