@@ -69,6 +69,11 @@ def step_batches(rows: int, params: TrainingParams, seed: int, step: int) -> lis
     return [chosen[i : i + params.batch_size] for i in range(0, len(chosen), params.batch_size)]
 
 
+def batches_of(places: range, size: int) -> list[np.ndarray]:
+    """`places` in order, in batches of at most `size`: the rows of a pass that does not shuffle."""
+    return [np.arange(start, min(start + size, places.stop)) for start in places[::size]]
+
+
 @lru_cache(maxsize=1)
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """The rows of an epoch in their order; kept, since every step asks for it."""

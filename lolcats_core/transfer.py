@@ -28,7 +28,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.modeling import feature_maps, named_map_parameters
 from lolcats_core.params import TransferParams
-from lolcats_core.training import Rows, TrainResult, train
+from lolcats_core.training import Rows, TrainResult, batches_of, train
 from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_weights, window_scores
 
 # Queries per block of the quadratic cross-entropy term: T x T weights never exist whole.
@@ -156,8 +156,7 @@ def mean_losses(losses: Callable[[np.ndarray], dict[str, Tensor]], count: int, b
 def mean_values(measure: Callable[[np.ndarray], dict[str, Tensor]], count: int, batch_size: int) -> dict[str, Tensor]:
     """As `mean_losses`, of tensors of any shape, in float64."""
     sums: dict[str, Any] = {}
-    batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    for indices, real in parallel.rounds(batches):
+    for indices, real in parallel.rounds(batches_of(range(count), batch_size)):
         for name, value in measure(indices).items():
             sums[name] = sums.get(name, 0.0) + value.double() * (len(indices) * real)
     flat = parallel.total(torch.cat([value.flatten() for value in sums.values()])) / count

@@ -15,7 +15,7 @@ from torch import Tensor
 from lolcats_core import parallel
 from lolcats_core.params import TransferParams
 from lolcats_core.streaming.buffer import HiddenBuffer
-from lolcats_core.training import Rows, step_batches, total_steps
+from lolcats_core.training import Rows, batches_of, step_batches, total_steps
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,9 @@ class Calibration:
         seen = [indices for step in steps for indices in step_batches(len(rows), params, seed, step)]
         train = np.unique(np.concatenate(seen))
         validation = min(len(held_out), params.max_eval_rows or len(held_out))
-        batches = [
-            np.arange(i, min(i + params.batch_size, validation)) for i in range(0, validation, params.batch_size)
-        ]
         mine = [np.searchsorted(train, parallel.part(indices)[0]) for indices in seen]
-        judged = [len(train) + indices for indices, _ in parallel.rounds(batches)]
+        validated = batches_of(range(validation), params.batch_size)
+        judged = [len(train) + indices for indices, _ in parallel.rounds(validated)]
         following = {before.tobytes(): after for reads in (mine, judged) for before, after in pairwise(reads)}
         return cls(rows, held_out, train, validation, following, "position_ids" in rows.batch(train[:1]))
 
@@ -67,7 +65,7 @@ class Calibration:
         """`places` in batches of at most `size` that do not mix training and validation rows."""
         edge = len(self.train)
         parts = (range(places.start, min(places.stop, edge)), range(max(places.start, edge), places.stop))
-        return [np.arange(i, min(i + size, p.stop)) for p in parts for i in range(p.start, p.stop, size)]
+        return [batch for part in parts for batch in batches_of(part, size)]
 
 
 class HiddenRows:
