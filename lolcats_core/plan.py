@@ -19,22 +19,24 @@ from lolcats_core.params import Params
 
 @dataclass(frozen=True)
 class GPU:
-    """`memory`: bytes. `rate`: bf16 matrix products, FLOP/s.
+    """`memory`: bytes. `rate`: bf16 matrix products, FLOP/s. `link`: bytes per second from the other GPUs of a host.
 
     `measured`: whether `rate` was; else it is 70 % of the datasheet's, which is what the one measured GPU reaches.
+    `link` is what gathering divided weights came to on two H100s and on two H200s, for an A100 its NVLink's share of it.
     """
 
     memory: float
     rate: float
+    link: float
     measured: bool = False
 
 
 GPUS = {
-    "h200": GPU(139 * GIB, 690e12, measured=True),
-    "h100": GPU(79 * GIB, 0.7 * 989e12),
-    "a100": GPU(79 * GIB, 0.7 * 312e12),
-    "a100-40": GPU(39 * GIB, 0.7 * 312e12),
-    "rtx4090": GPU(23.5 * GIB, 0.7 * 165e12),
+    "h200": GPU(139 * GIB, 690e12, 200e9, measured=True),
+    "h100": GPU(79 * GIB, 0.7 * 989e12, 200e9),
+    "a100": GPU(79 * GIB, 0.7 * 312e12, 130e9),
+    "a100-40": GPU(39 * GIB, 0.7 * 312e12, 130e9),
+    "rtx4090": GPU(23.5 * GIB, 0.7 * 165e12, 20e9),
 }
 # Bytes per second that reading a layer's weights from the files and one PCIe link are taken to give.
 WEIGHT_RATE, HOST_RATE = 2e9, 20e9
@@ -120,7 +122,8 @@ def _transfer(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
     yield Choice("transfer", "joint", weights + own, weights, 0, seconds, _fit(weights + own, gpu) and gpus == 1)
     if gpus > 1:
         memory = _divided(shape, wide, gpus) + own
-        yield Choice("transfer", "joint, divided", memory, weights / gpus, 0, seconds, _fit(memory, gpu))
+        gathered = seconds + passes * _gathering(shape, wide, gpus, gpu)
+        yield Choice("transfer", "joint, divided", memory, weights / gpus, 0, gathered, _fit(memory, gpu))
     memory = streamed_memory(params, shape)
     buffer = tokens / epochs * shape.hidden * wide
     # Training skips the MLP and the output projection; the buffer moves on with one whole pass.
@@ -154,6 +157,15 @@ def _divided(shape: ModelShape, wide: int, gpus: int) -> float:
     return wide * (layers / gpus + 2 * shape.layer_parameters + shape.parameters - layers)
 
 
+def _gathering(shape: ModelShape, wide: int, gpus: int, gpu: GPU) -> float:
+    """Seconds in which a rank gets the other ranks' parts of all layers once.
+
+    They are added to the layers' own: the next layer is gathered while one is computed, but what was measured is longer
+    by about this (docs/scale.md).
+    """
+    return shape.layers * shape.layer_parameters * wide * (1 - 1 / gpus) / gpu.link
+
+
 def _finetune(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GPU) -> Iterator[Choice]:
     wide = _wide(params)
     weights = shape.parameters * wide
@@ -170,7 +182,9 @@ def _finetune(params: Params, shape: ModelShape, tokens: int, gpus: int, gpu: GP
             yield Choice("finetune", f"whole{label}", weights + own, weights, 0, seconds, _fit(weights + own, gpu))
         else:
             memory = _divided(shape, wide, gpus) + own
-            yield Choice("finetune", f"divided{label}", memory, weights / gpus, 0, seconds, _fit(memory, gpu))
+            # Forwards and again backwards, where a checkpointed layer is computed twice with the same weights.
+            gathered = seconds + 2 * passes * _gathering(shape, wide, gpus, gpu)
+            yield Choice("finetune", f"divided{label}", memory, weights / gpus, 0, gathered, _fit(memory, gpu))
         ends = shape.parameters - shape.layers * shape.layer_parameters
         base = shape.layers * shape.layer_parameters * NF4_BYTES + ends * wide
         # One matrix at a time is unpacked: its int32 codes, the values and the scaled values.
