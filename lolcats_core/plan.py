@@ -22,7 +22,7 @@ class GPU:
     """`memory`: bytes. `rate`: bf16 matrix products, FLOP/s. `link`: bytes per second from the other GPUs of a host.
 
     `measured`: whether `rate` was; else it is 70 % of the datasheet's, which is what the one measured GPU reaches.
-    `link` is what gathering divided weights came to on two H100s and on two H200s, for an A100 its NVLink's share of it.
+    `link` is what gathering divided weights came to on two H100s and on two H200s; an A100's is its NVLink's share.
     """
 
     memory: float

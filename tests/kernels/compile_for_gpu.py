@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_attention, hybrid_decode_
+from lolcats_kernels.softmax_decode import softmax_decode_
 from tests.kernels.operands import make
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -82,7 +83,7 @@ def compiled_kernels(call: Callable[[], Any]) -> dict[str, dict[str, int]]:
 
 
 def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
-    """Forward, backward, transfer, prefill and decode of one case."""
+    """Forward, backward, transfer, prefill and decode of one case, and a step of kept heads like its own."""
 
     def run() -> None:
         case = make(200, batch=2, **options)
@@ -97,6 +98,12 @@ def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
         _, state = hybrid_attention(*tensors, **settings, return_state=True, backend="triton")  # type: ignore[misc]
         token = (x[:, :1] for x in tensors[:3])
         hybrid_decode_(*token, *tensors[3:], state, **settings, backend="triton")
+        q, k, v = (x[:, :1].transpose(1, 2).contiguous() for x in tensors[:3])
+        keys, values = (x.new_zeros(*x.shape[:2], 640, x.shape[3]) for x in (k, v))
+        first = (keys[:, :, :4], values[:, :, :4], torch.arange(4).expand(2, -1))
+        real, newest = torch.ones(2, 640, dtype=torch.bool), torch.tensor([300])
+        room = {"real": real, "sinks": first, "softcap": settings.get("softcap"), "backend": "triton"}
+        softmax_decode_(q, k, v, keys, values, newest, scale=0.1, **room)
 
     return run
 
