@@ -8,6 +8,8 @@ length that nothing is appended to, the faster of FlashAttention-2 and cuDNN, an
 `generate` would add. States and caches hold random values, since time does not depend on them. "generation" rows are
 128 prompt tokens and 4 096 new ones: a softmax step's time is linear in the context, so three contexts give the mean.
 "lolcats, kv_head" has one key map per kv head (`linearize.k_map_per`), so a state four times smaller at these shapes.
+"lolcats, a tenth kept" has it too, and softmax attention in a tenth of the kv groups as the default recipe leaves it,
+whose keys and values grow: it is measured at every context, and a step of "generation" is the mean as for softmax.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import datetime
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from benchmarks.stages import build
 from benchmarks.timing import quantiles, write_csv
-from lolcats_core.cache import HybridCache
+from lolcats_core.cache import HybridCache, HybridLayer
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.decode_graph import graphed_decoding
 from lolcats_core.known_models import KNOWN_MODELS, ModelShape
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 2e-2  # of the bf16 logits' norm, steps against the full pass: both round every layer
 PROMPT, NEW = 128, 4096
 GIB = 2**30
+KEPT = "lolcats, a tenth kept"
 
 
 class FixedLayer(CacheLayerMixin):
@@ -108,17 +112,29 @@ def softmax_step(model: LlamaForCausalLM, batch: int, context: int, backend: SDP
     return step
 
 
+def tenth_kept(shape: ModelShape) -> dict[int, tuple[int, ...]]:
+    """`softmax_heads` with a tenth of all kv groups, at most one in a layer, evenly over the depth."""
+    count = min(shape.layers, round(0.1 * shape.layers * shape.key_heads))
+    return {layer: (layer % shape.key_heads,) for layer in (i * shape.layers // count for i in range(count))}
+
+
 def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCache:
-    """States of `batch` sequences after `context` tokens, with random contents."""
+    """States and kept keys and values of `batch` sequences after `context` tokens, with random contents."""
     config: Any = model.config
     settings, cache = LinearizeConfig(**config.linearize), HybridCache(config)
     for layer, maps in zip(cache.layers, feature_maps(model).values(), strict=True):
-        heads = len((maps.w_q if maps.w_k is None else maps.w_k).detach())
+        assert isinstance(layer, HybridLayer)
+        heads, groups = len((maps.w_q if maps.w_k is None else maps.w_k).detach()), len(maps.groups.linear)
+        if layer.softmax is not None:
+            kept = (batch, config.num_key_value_heads - groups, context, config.head_dim)
+            layer.softmax.update(
+                *(torch.empty(kept, dtype=model.dtype, device=model.device).normal_() for _ in range(2))
+            )
         state = empty_state(
             batch,
             heads,
             feature_count(settings.feature_map, settings.feature_dim),
-            config.num_key_value_heads,
+            groups,
             config.head_dim,
             config.head_dim,
             window=settings.window,
@@ -128,6 +144,7 @@ def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCach
         )
         for tensor in (state.s, state.z, state.ring_k, state.ring_v):
             tensor.uniform_()
+        # The states stand at different places of their chunks, as those of sequences that began apart.
         state.length.copy_(context + torch.arange(batch, device=model.device) % 64)
         layer.state, layer.seen = state, context
     return cache
@@ -162,7 +179,8 @@ def check(shape: ModelShape, settings: LinearizeConfig, device: torch.device) ->
         SystemExit: it is above the tolerance.
     """
     torch.manual_seed(0)
-    model = linearize(build(ModelShape(**{**vars(shape), "layers": 2}), torch.bfloat16, device), settings)
+    short = replace(settings, softmax_heads={0: (1,)} if settings.softmax_heads else {})
+    model = linearize(build(replace(shape, layers=2), torch.bfloat16, device), short)
     ids = torch.randint(0, shape.vocab, (2, 210), device=device)
     expected, cache = model(ids, use_cache=False).logits.double(), HybridCache(model.config)
     parts = [model(ids[:, :100], past_key_values=cache).logits]
@@ -187,7 +205,11 @@ def main() -> None:
         raise SystemExit("a CUDA GPU is needed")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device, shape = torch.device("cuda"), KNOWN_MODELS[options.model]
-    settings = {"lolcats": LinearizeConfig(), "lolcats, kv_head": LinearizeConfig(k_map_per="kv_head")}
+    settings = {
+        "lolcats": LinearizeConfig(),
+        "lolcats, kv_head": LinearizeConfig(k_map_per="kv_head"),
+        KEPT: LinearizeConfig(k_map_per="kv_head", softmax_heads=tenth_kept(shape)),
+    }
     for name, chosen in settings.items():
         logger.info(
             "%s: relative error of graphed decoding against the full pass: %.1e", name, check(shape, chosen, device)
@@ -243,9 +265,9 @@ def main() -> None:
                     raise
         return min(found, key=lambda seconds: seconds[1])
 
-    def softmax_generation(batch: int, context: int) -> tuple[float, ...]:
+    def averaged(run: Callable[[int, int], tuple[float, ...]], batch: int, context: int) -> tuple[float, ...]:
         contexts = (context - NEW + 1, context - NEW // 2, context)
-        first, middle, last = (softmax_seconds(batch, length) for length in contexts)
+        first, middle, last = (run(batch, length) for length in contexts)
         return tuple((a + 4 * b + c) / 6 for a, b, c in zip(first, middle, last, strict=True))
 
     def linear(name: str) -> Callable[[int, int], tuple[float, ...]]:
@@ -255,11 +277,14 @@ def main() -> None:
         for context in options.contexts:
             if context in (options.contexts[0], options.contexts[-1]):
                 measure("decode", "lolcats", batch, context, linear("lolcats"))
+            measure("decode", KEPT, batch, context, linear(KEPT))
             measure("decode", "softmax", batch, context, softmax_seconds)
     for batch in options.generation_batches:
         for name in students:
-            measure("generation", name, batch, PROMPT + NEW, linear(name))
-        measure("generation", "softmax", batch, PROMPT + NEW, softmax_generation)
+            run = linear(name)
+            run = functools.partial(averaged, run) if name == KEPT else run
+            measure("generation", name, batch, PROMPT + NEW, run)
+        measure("generation", "softmax", batch, PROMPT + NEW, functools.partial(averaged, softmax_seconds))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_core.cache import BoundedLayer, HybridCache, HybridLayer
+from lolcats_core.cache import BoundedLayer, HybridCache, HybridLayer, KeptLayer
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.kv_groups import KVGroups
@@ -143,13 +143,16 @@ def kept_attention(
     scores: Scores,
     sliding_window: int | None,
     reach: Reach,
-    layer: BoundedLayer | None,
+    layer: KeptLayer | None,
 ) -> Tensor:
     """Softmax attention of kept layers and heads within their reach; arguments and result of `softmax_attention`.
 
     Args:
-        layer: the cache that `k` and `v` come from, whose sinks are replaced.
+        layer: the cache that `k` and `v` come from, whose sinks are replaced. In a step inside a room they are the new
+            tokens' alone.
     """
+    if layer is not None and layer.room is not None and layer.room.stepping:
+        return layer.step(q, k, v, scores)
     if reach.window is None:
         return softmax_attention(q, k, v, context, scores, sliding_window)
     beyond = context.seen + q.shape[2] > reach.window
@@ -164,11 +167,12 @@ def kept_attention(
         alone = HybridContext(real=torch.arange(index.shape[1], device=q.device) < lengths[:, None])
         y = kept_attention(q, k, v, alone, scores, sliding_window, reach, None)
         return unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:])
-    older = None if layer is None else layer.sinks
+    bounded = cast(BoundedLayer | None, layer)
+    older = None if bounded is None else bounded.sinks
     new_k, new_v = (x[:, :, x.shape[2] - q.shape[2] :] for x in (k, v))
     sinks = gather_sinks(older, new_k, new_v, reach.sinks, context.seen, context.real)
-    if layer is not None:
-        layer.sinks = sinks
+    if bounded is not None:
+        bounded.sinks = sinks
     return softmax_attention(q, k, v, context, scores, reach.window, sinks if beyond else None)
 
 
@@ -211,7 +215,7 @@ def hybrid_attention_forward(
     if maps is None:
         # An observer is shown the teacher, which sees everything.
         reach = module.reach if context.observer is None else Reach()
-        kept = cast(BoundedLayer | None, held)
+        kept = cast(KeptLayer | None, held)
         return kept_attention(query, key, value, context, scores, sliding_window, reach, kept), None
     groups: KVGroups = maps.groups
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -224,7 +228,7 @@ def hybrid_attention_forward(
     y = student_attention(maps, q_linear, k_linear, v_linear, scores, context, layer)
     if groups.softmax:
         query, key, value = (groups.take_softmax(x).transpose(1, 2) for x in (q, k, v))
-        kept = None if layer is None else cast(BoundedLayer | None, layer.softmax)
+        kept = None if layer is None else layer.softmax
         if kept is not None:
             key, value = kept.update(key, value)
         y = groups.join(y, kept_attention(query, key, value, context, scores, sliding_window, module.reach, kept))

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
+from lolcats_core.rooms import InRoom
 from lolcats_core.sinks import Sinks
 from lolcats_kernels.hybrid_attention import HybridState
 
@@ -20,7 +21,18 @@ _NO_CROP = (
 )
 
 
-class BoundedLayer(DynamicSlidingWindowLayer):
+class GrowingLayer(InRoom, DynamicLayer):
+    """Keys and values of softmax attention that sees everything."""
+
+
+class SlidingLayer(InRoom, DynamicSlidingWindowLayer):
+    """Keys and values of softmax attention that sees a window."""
+
+
+KeptLayer = GrowingLayer | SlidingLayer
+
+
+class BoundedLayer(SlidingLayer):
     """Keys and values of softmax attention that sees a window and the sequence's first tokens.
 
     Attributes:
@@ -68,7 +80,7 @@ class HybridLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, softmax: DynamicLayer | None = None) -> None:
+    def __init__(self, softmax: KeptLayer | None = None) -> None:
         super().__init__()
         self.state: HybridState | None = None
         self.softmax = softmax
@@ -128,7 +140,10 @@ class HybridCache(Cache):
     def __init__(self, config: PreTrainedConfig) -> None:
         settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
         # Growing, or bounded by the layer's own sliding window.
-        layers: list[Any] = DynamicCache(config=config).layers
+        layers: list[Any] = [
+            SlidingLayer(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer()
+            for layer in DynamicCache(config=config).layers
+        ]
         if settings.softmax_window is not None:
             for i in {*settings.softmax_layers, *settings.softmax_heads} - {*local_layers(config)}:
                 layers[i] = BoundedLayer(settings.softmax_window)
@@ -143,17 +158,29 @@ class HybridCache(Cache):
             raise UserError(_NO_CROP)
         super().crop(tokens_to_remove)
 
+    def kept_layers(self) -> list[KeptLayer]:
+        """What holds the keys and values of kept layers and kv groups, in order."""
+        layers = (layer.softmax if isinstance(layer, HybridLayer) else layer for layer in cast(list[Any], self.layers))
+        return [layer for layer in layers if layer is not None]
+
+    def advance(self) -> None:
+        """Count the token of a step that ran without Python: the states and rooms have it already."""
+        for layer in cast(list[Any], self.layers):
+            if isinstance(layer, HybridLayer):
+                layer.seen += 1
+        for kept in self.kept_layers():
+            kept.advance()
+
     def detach(self) -> None:
         """Cut the cached tensors off from the computation that made them."""
         for layer in cast(list[Any], self.layers):
-            softmax = layer
             if isinstance(layer, HybridLayer):
                 layer._map(torch.Tensor.detach)
-                softmax = layer.softmax
-            if isinstance(softmax, BoundedLayer):
-                softmax._map(torch.Tensor.detach)
-            if softmax is not None and softmax.is_initialized:
-                softmax.keys, softmax.values = softmax.keys.detach(), softmax.values.detach()
+        for kept in self.kept_layers():
+            if isinstance(kept, BoundedLayer):
+                kept._map(torch.Tensor.detach)
+            if kept.is_initialized:
+                kept.keys, kept.values = kept.keys.detach(), kept.values.detach()
 
     def state_bytes(self) -> int:
         """Bytes of the linearized kv groups' states: constant in the number of tokens."""
@@ -162,9 +189,9 @@ class HybridCache(Cache):
 
     def softmax_bytes(self) -> int:
         """Bytes of the keys and values of layers and kv groups that keep softmax attention."""
-        layers: list[Any] = [layer.softmax if isinstance(layer, HybridLayer) else layer for layer in self.layers]
+        layers = self.kept_layers()
         sinks = (layer.sinks for layer in layers if isinstance(layer, BoundedLayer) and layer.sinks is not None)
-        held = [tensor for layer in layers if layer is not None for tensor in (layer.keys, layer.values)]
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return sum(map(_bytes, [*held, *(tensor for first in sinks for tensor in vars(first).values())]))
 
 

@@ -1,8 +1,10 @@
 """Decoding steps as one CUDA graph: hundreds of launches a token become one.
 
 A step of a linearized model has the same shapes and addresses at every position, so it is captured once and replayed.
+Kept layers and heads move their keys and values into rooms (`lolcats_core.rooms`) for it, and a graph lasts until one
+of them is full.
 
-# B batch, V vocabulary
+# B batch, S tokens so far, V vocabulary
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ _PLAIN = {
 def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, `model`'s one-token steps replay a CUDA graph where they can; results are the same.
 
-    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search, models on a CPU and models with
-    softmax layers or heads, whose cache grows, run as they did. The weights must not change meanwhile.
+    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models on a CPU run as they
+    did. The weights must not change meanwhile.
     """
     if model.device.type != "cuda":
         yield
@@ -65,7 +67,9 @@ class _Steps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.captured: tuple[int, ...] | None = None
         self.last: tuple[int, ...] | None = None
+        self.rehearsed: tuple[int, ...] | None = None
         self.ids = self.positions = self.logits = torch.empty(0)
+        self.newest = torch.zeros(1, dtype=torch.int64, device=model.device)
 
     def take(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a step that the graph can stand for, and not the first on these addresses."""
@@ -75,31 +79,52 @@ class _Steps:
             return False
         if not isinstance(cache, HybridCache) or (mask is not None and mask.dim() != 2):
             return False
-        layers: list[Any] = cache.layers
-        if not all(isinstance(x, HybridLayer) and x.softmax is None and x.state is not None for x in layers):
+        states = [layer.state for layer in cache.layers if isinstance(layer, HybridLayer)]
+        if not states or any(state is None for state in states):
             return False
         if mask is not None:
             # Without waiting for the device; a new token that is padding would enter the state.
             torch._assert_async(mask[:, -1].all(), "a decoding step's tokens must not be padding")
-        states = [tensor for layer in layers for tensor in vars(layer.state).values()]
-        key = (*ids.shape, *(tensor.data_ptr() for tensor in states))
+        key = (*ids.shape, *(tensor.data_ptr() for state in states for tensor in vars(state).values()))
         # The first step compiles and warms up what the second records.
         again, self.last = key == self.last, key
-        return again
+        if not again or all(kept.has_place() for kept in cache.kept_layers()):
+            return again
+        return self._enter(cache, mask)
+
+    def _enter(self, cache: HybridCache, mask: Tensor | None) -> bool:
+        """Move what the cache keeps into rooms with place for the next token, unless some of it cannot yet."""
+        kept = cache.kept_layers()
+        if not all(layer.may_enter() for layer in kept):
+            return False
+        real = None if mask is None or bool(mask.all()) else mask[:, :-1].bool()
+        self.graph = self.captured = None
+        for layer in kept:
+            layer.enter(real, self.newest)
+        return True
 
     def run(self, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
         """One step: `input_ids` [B, 1] → logits [B, 1, V]."""
         ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
-        positions = kwargs.get("position_ids")
+        state: Any = next(layer.state for layer in cache.layers if isinstance(layer, HybridLayer))
         # Each sequence counts its own real tokens.
-        positions = cache.layers[0].state.length[:, None] if positions is None else positions.expand(ids.shape)
-        if self.captured != self.last:
+        given = kwargs.get("position_ids")
+        positions = state.length[:, None] if given is None else given.expand(ids.shape)
+        kept = cache.kept_layers()
+        assert self.last is not None
+        addresses = (*self.last, *(address for layer in kept for address in layer.addresses()))
+        self.newest.fill_(cache.get_seq_length())
+        if kept and addresses not in (self.captured, self.rehearsed):
+            # The first step in new rooms compiles what the second records.
+            self.rehearsed = addresses
+            return CausalLMOutputWithPast(logits=self._step(ids, positions, cache), past_key_values=cache)
+        if addresses != self.captured:
             self._capture(ids, positions, cache)
+            self.captured = addresses
         else:
             self.ids.copy_(ids)
             self.positions.copy_(positions)
-            for layer in cache.layers:
-                layer.seen += 1
+            cache.advance()
         assert self.graph is not None
         self.graph.replay()
         return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=cache)
@@ -108,9 +133,22 @@ class _Steps:
         self.graph, self.logits = None, torch.empty(0)  # what an older graph held is free before
         self.ids, self.positions = ids.clone(), positions.to(torch.int64).clone()
         graph = torch.cuda.CUDAGraph()
-        context = HybridContext(cache=cache, seen=cache.get_seq_length())
         with torch.cuda.graph(graph):
+            self.logits = self._step(self.ids, self.positions, cache)
+        self.graph = graph
+
+    def _step(self, ids: Tensor, positions: Tensor, cache: HybridCache) -> Tensor:
+        """Logits of a step that runs in the states and rooms of `cache`."""
+        rooms = [layer.room for layer in cache.kept_layers() if layer.room is not None]
+        context = HybridContext(cache=cache, seen=cache.get_seq_length())
+        for room in rooms:
+            room.stepping = True
+        try:
             out = self.plain(
-                input_ids=self.ids, position_ids=self.positions, past_key_values=cache, use_cache=True, hybrid=context
+                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, hybrid=context
             )
-        self.graph, self.logits, self.captured = graph, out.logits, self.last
+        finally:
+            for room in rooms:
+                room.stepping = False
+        logits: Tensor = out.logits
+        return logits

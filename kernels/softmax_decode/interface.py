@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,12 +62,12 @@ def softmax_decode_(
         )
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    options = {"scale": scale, "softcap": softcap, "real": real, "sinks": sinks}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "real": real, "sinks": sinks}
     if backend == "naive" or (backend == "auto" and not (q.is_cuda and q.dtype in DTYPES)):
-        return softmax_decode_naive(q, k, v, keys, values, newest, **options)  # type: ignore[arg-type]
+        return softmax_decode_naive(q, k, v, keys, values, newest, **options)
     if q.dtype not in DTYPES:
         raise ValueError(f"`backend` triton takes float16, bfloat16 and float32, got {q.dtype}")
     # Triton is imported only where it runs: it is not everywhere.
     from lolcats_kernels.softmax_decode import fused
 
-    return fused.softmax_decode(q, k, v, keys, values, newest, **options)  # type: ignore[arg-type]
+    return fused.softmax_decode(q, k, v, keys, values, newest, **options)

@@ -8,11 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lolcats_core import rooms
 from lolcats_core.cache import HybridCache
 from lolcats_core.config import LinearizeConfig
 from lolcats_core.decode_graph import _Steps, graphed_decoding
 from lolcats_core.modeling import linearize
 
+# What a step may hold besides states: nothing, a growing layer and growing heads, or both with a window and sinks.
+KEPT = {"softmax_layers": (1,), "softmax_heads": {2: (1,)}}
+RECIPES = [{}, KEPT, {**KEPT, "softmax_window": 24, "softmax_sinks": 4}]
+IDS = ["linear", "growing", "bounded"]
 SHAPE = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -60,10 +65,19 @@ def test_only_repeated_plain_steps_on_the_same_state_are_taken() -> None:
         assert not steps.take(call)
 
 
+@pytest.fixture
+def _small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rooms of one more block of 64 columns than they need."""
+    monkeypatch.setattr(rooms, "AHEAD", 1)
+    monkeypatch.setattr(rooms, "GROWTH", 0.0)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_small_rooms")
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 @torch.no_grad()
-def test_greedy_generation_of_a_padded_batch_is_the_same() -> None:
-    model = student("cuda")
+def test_greedy_generation_of_a_padded_batch_is_the_same(recipe: dict[str, Any]) -> None:
+    model = student("cuda", **recipe)
     ids = torch.randint(1, 97, (3, 40), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :13], mask[2, :30] = 0, 0
@@ -76,9 +90,14 @@ def test_greedy_generation_of_a_padded_batch_is_the_same() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_small_rooms")
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 @torch.no_grad()
-def test_replayed_steps_have_the_logits_of_the_full_pass_and_count_tokens() -> None:
-    model = student("cuda")
+def test_replayed_steps_have_the_logits_of_the_full_pass_and_count_tokens(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, replays, replay = student("cuda", **recipe), [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
     ids = torch.randint(1, 97, (2, 150), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     expected, cache = model(ids, use_cache=False).logits, HybridCache(model.config)
     parts = [model(ids[:, :20], past_key_values=cache).logits]
@@ -88,6 +107,24 @@ def test_replayed_steps_have_the_logits_of_the_full_pass_and_count_tokens() -> N
         parts += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(120, 150)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 150
+    # All but the first of each row of steps, and the first in each new room.
+    assert len(replays) >= 110 - 2 * 2 - 4
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_second_cache_has_rooms_of_its_own() -> None:
+    model = student("cuda", **KEPT)
+    ids = torch.randint(1, 97, (2, 60), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    expected = model(ids, use_cache=False).logits
+    with graphed_decoding(model):
+        for rows in (ids, ids.flip(0)):
+            cache = HybridCache(model.config)
+            parts = [model(rows[:, :20], past_key_values=cache).logits]
+            parts += [model(input_ids=rows[:, t : t + 1], past_key_values=cache).logits for t in range(20, 60)]
+            found = torch.cat(parts, 1)
+            torch.testing.assert_close(found, expected if rows is ids else expected.flip(0), rtol=1e-4, atol=1e-4)
+            del cache  # the next one's states and rooms may come to lie at its addresses
 
 
 @pytest.mark.gpu

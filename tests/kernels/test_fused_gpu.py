@@ -56,10 +56,23 @@ def test_full_sizes_equal_the_definition(options: dict[str, Any], dtype: torch.d
         compare_gradients(maps, found, expected, backward)
 
 
-@pytest.mark.parametrize("window", ["terraced", "sliding"])
-def test_bf16_prefill_and_graph_replayed_decoding_equal_the_definition(window: str) -> None:
-    sizes = {"heads": 8, "key_heads": 2, "dim": 128, "columns": 64, "window_size": 64}
-    case = make(400, batch=2, window=window, dtype=torch.bfloat16, **sizes)
+DECODED: list[dict[str, Any]] = [
+    {"heads": 8, "key_heads": 2, "dim": 128, "columns": 64, "window_size": 64},
+    {"heads": 4, "key_heads": 2, "dim": 32, "columns": 16, "window_size": 64, "per": "kv"},
+    {"heads": 4, "key_heads": 4, "dim": 64, "columns": 32, "window_size": 32},
+    {"heads": 4, "key_heads": 1, "dim": 96, "columns": 48, "window_size": 16, "softcap": 20.0},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", DECODED, ids=name_of)
+@pytest.mark.parametrize("window", ["terraced", "sliding", "none"])
+def test_half_precision_prefill_and_graph_replayed_decoding_equal_the_definition(
+    window: str, sizes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if window == "none":
+        sizes = {name: value for name, value in sizes.items() if name not in ("window_size", "softcap")}
+    case = make(400, batch=2, window=window, dtype=dtype, **sizes)
     tensors, options = case.arguments()
     true = definition(case.wide())
     lengths = torch.tensor([190, 150], device=DEVICE)
