@@ -118,6 +118,10 @@ class InRoom:
         slots = slots if self.window is None else min(slots, self.window)
         room = Room.holding(self.keys, self.values, seen, slots, real, newest)
         self._held, self.room = (None, None), room
+        first: Sinks | None = getattr(self, "sinks", None)
+        if first is not None:
+            # They may be cut out of larger tensors; from here on nothing moves them.
+            self.sinks = first.map(torch.Tensor.contiguous)
 
     def addresses(self) -> tuple[int, ...]:
         """Of whatever a captured step works on, and the number of slots."""

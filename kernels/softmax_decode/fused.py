@@ -174,7 +174,7 @@ def softmax_decode(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), **constants,
         H=heads, HK=key_heads, G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), SINKS=count,
         SB=max(16, triton.next_power_of_2(count)), PADDED=real is not None, CAPPED=softcap is not None,
-        DIVIDED=divided, num_warps=4, num_stages=3,
+        DIVIDED=divided, num_warps=4, num_stages=3 if pieces == MOST_PIECES else 2,
     )  # fmt: skip
     if divided:
         join_kernel[(batch * heads,)](top, den, acc, newest, y, pieces, slots, **constants, PB=16, num_warps=4)

@@ -41,8 +41,8 @@ def softmax_decode_(
         newest: [1] int64 on the device, the new tokens' column: how many are before them, padding counted.
         scale: of the scores. `softcap`: their bound, cap tanh(score / cap) (Gemma 2).
         real: [B, C] bool, False where a slot holds padding; written in one slot. None when nothing is padded.
-        sinks: keys and values [B, Hk, s, D] and columns [B, s] int64 of the first tokens, which are seen where they
-            have left the room (arXiv 2309.17453).
+        sinks: keys and values [B, Hk, s, D] and columns [B, s] int64 of the first tokens, dense, which are seen where
+            they have left the room (arXiv 2309.17453).
 
     Returns:
         [B, 1, H, D] in the dtype of `q`.
@@ -60,6 +60,8 @@ def softmax_decode_(
             f"keys and values must be [B, Hk, C, D] for k {tuple(k.shape)}, got {tuple(keys.shape)} and"
             f" {tuple(values.shape)}"
         )
+    if not all(x.is_contiguous() for x in (keys, values, *(sinks or ()))):
+        raise ValueError("keys, values and sinks must be dense, since their addresses are those of every later step")
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "real": real, "sinks": sinks}

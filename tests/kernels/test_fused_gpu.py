@@ -22,6 +22,8 @@ SIZES: list[dict[str, Any]] = [
     {"tokens": 1029, "heads": 4, "key_heads": 2, "dim": 64, "columns": 32, "window_size": 64, "window": "sliding"},
     {"tokens": 1029, "heads": 4, "key_heads": 2, "dim": 32, "columns": 64, "window": "none"},
     {"tokens": 1029, "heads": 4, "key_heads": 2, "dim": 32, "columns": 16, "window_size": 64},
+    {"tokens": 1024, "heads": 6, "key_heads": 2, "dim": 128, "columns": 64, "window": "none", "per": "kv"},
+    {"tokens": 1024, "heads": 6, "key_heads": 2, "dim": 128, "columns": 64, "window": "none", "feature_map": "t2r"},
     {"tokens": 700, "heads": 4, "key_heads": 2, "dim": 96, "columns": 48, "window_size": 32, "softcap": 20.0},
     {"tokens": 300, "heads": 2, "key_heads": 1, "dim": 256, "columns": 128, "window_size": 64},
     {"tokens": 700, "heads": 2, "key_heads": 1, "dim": 128, "columns": 64, "window_size": 128},

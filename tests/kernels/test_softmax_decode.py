@@ -145,6 +145,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         softmax_decode_(row.q.expand(-1, -1, 2, -1), k, k, *room, row.newest, scale=1.0)
     with pytest.raises(ValueError, match=r"keys and values must be \[B, Hk, C, D\]"):
         softmax_decode_(row.q, k, k, row.keys[..., :5], row.values, row.newest, scale=1.0)
+    with pytest.raises(ValueError, match="keys, values and sinks must be dense"):
+        softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, sinks=(row.k[:, :, :2], row.v[:, :, :2], row.newest))
     with pytest.raises(ValueError, match="`backend` must be one of auto, triton, naive, got 'fused'"):
         softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, backend="fused")
     wide = Row(64, 20, dtype=torch.float64)
