@@ -63,10 +63,12 @@ class InRoom:
     """A dynamic cache layer whose keys and values may stand in a room; before the layer of transformers in its bases.
 
     Attributes:
+        sinks: the row's first tokens, where the layer sees them besides.
         room: where they stand, or None. Replacing `keys` or `values`, as every other use of the layer does, leaves it.
     """
 
     room: Room | None = None
+    sinks: Sinks | None = None
     _held: tuple[Any, Any] = (None, None)
 
     @property
@@ -103,8 +105,7 @@ class InRoom:
 
     def may_enter(self) -> bool:
         """Whether a room can stand for the layer; asks the device whether all sinks are there."""
-        first: Sinks | None = getattr(self, "sinks", None)
-        return self.keys is not None and (first is None or not bool((first.column == ABSENT).any()))
+        return self.keys is not None and (self.sinks is None or not bool((self.sinks.column == ABSENT).any()))
 
     def has_place(self) -> bool:
         """Whether the next token fits into the room there is."""
@@ -118,16 +119,15 @@ class InRoom:
         slots = slots if self.window is None else min(slots, self.window)
         room = Room.holding(self.keys, self.values, seen, slots, real, newest)
         self._held, self.room = (None, None), room
-        first: Sinks | None = getattr(self, "sinks", None)
-        if first is not None:
+        if self.sinks is not None:
             # They may be cut out of larger tensors; from here on nothing moves them.
-            self.sinks = first.map(torch.Tensor.contiguous)
+            self.sinks = self.sinks.map(torch.Tensor.contiguous)
 
     def addresses(self) -> tuple[int, ...]:
         """Of whatever a captured step works on, and the number of slots."""
-        room, first = self.room, getattr(self, "sinks", None)
+        room = self.room
         assert room is not None
-        tensors = [room.keys, room.values, room.real, *([] if first is None else vars(first).values())]
+        tensors = [room.keys, room.values, room.real, *([] if self.sinks is None else vars(self.sinks).values())]
         return (room.keys.shape[2], *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
     def advance(self) -> None:
@@ -146,7 +146,7 @@ class InRoom:
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Softmax attention of one token that joins the room: q [B, H, 1, D], k and v [B, Hk, 1, D] → [B, 1, H, D]."""
-        room, first = self.room, getattr(self, "sinks", None)
+        room, first = self.room, self.sinks
         assert room is not None
         sinks = None if first is None else (first.k, first.v, first.column)
         options = {"scale": scores.scale, "softcap": scores.softcap, "real": room.real, "sinks": sinks}
