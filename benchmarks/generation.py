@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -228,6 +229,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measure(work: str, name: str, batch: int, context: int, run: Callable[[int, int], tuple[float, ...]]) -> None:
+        gc.collect()  # what a row leaves behind in cycles would be taken from the next one's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
