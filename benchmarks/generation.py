@@ -113,6 +113,12 @@ def softmax_step(model: LlamaForCausalLM, batch: int, context: int, backend: SDP
     return step
 
 
+def release() -> None:
+    """Give back what earlier measurements held, in cycles or in the allocator's hands."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def tenth_kept(shape: ModelShape) -> dict[int, tuple[int, ...]]:
     """`softmax_heads` with a tenth of all kv groups, at most one in a layer, evenly over the depth."""
     count = min(shape.layers, round(0.1 * shape.layers * shape.key_heads))
@@ -229,8 +235,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measure(work: str, name: str, batch: int, context: int, run: Callable[[int, int], tuple[float, ...]]) -> None:
-        gc.collect()  # what a row leaves behind in cycles would be taken from the next one's
-        torch.cuda.empty_cache()
+        release()
         torch.cuda.reset_peak_memory_stats()
         try:
             p20, p50, p80 = run(batch, context)
@@ -253,12 +258,14 @@ def main() -> None:
         logger.info("%s", " ".join(f"{key}={value}" for key, value in row.items()))
 
     def softmax_seconds(batch: int, context: int) -> tuple[float, ...]:
+        release()
         # Beyond this the cache alone does not fit.
         per_token = 4 * shape.layers * shape.key_heads * shape.head_dim
         if batch * context * per_token > torch.cuda.mem_get_info()[0]:
             raise torch.OutOfMemoryError
         found = []
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            release()
             step = functools.partial(softmax_step, teacher, batch, context, backend)
             try:
                 found.append(quantiles(step, 1))

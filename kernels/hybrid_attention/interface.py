@@ -291,6 +291,10 @@ def _fused(
     through_state = state is not None and (state.s.requires_grad or state.z.requires_grad)
     if reason is None and wanted and (return_state or through_state):
         reason = "gradients do not pass through a state; use torch.no_grad() for a state alone"
+    if reason is None and wanted and spec.window == "none" and q.dtype != torch.float32:
+        # The gradient of a query is a difference of two terms over its denominator, and without a window nothing keeps
+        # that from being next to zero: rounding to half precision is then all that is left (t2r: 1e10 times too large).
+        reason = f"without a window gradients need float32, got {q.dtype}"
     if reason is None:
         _say(logging.INFO, f"hybrid attention on {q.device.type}: fused Triton kernels")
         return True

@@ -82,14 +82,21 @@ def compiled_kernels(call: Callable[[], Any]) -> dict[str, dict[str, int]]:
     return found
 
 
+def has_gradients(options: dict[str, Any]) -> bool:
+    """Whether the kernels take a case's gradients."""
+    return options.get("window") != "none" or options["dtype"] == torch.float32
+
+
 def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
     """Forward, backward, transfer, prefill and decode of one case, and a step of kept heads like its own."""
 
     def run() -> None:
         case = make(200, batch=2, **options)
         tensors, settings = case.leaves().arguments()
-        y = hybrid_attention(*tensors, **settings, backend="triton")
-        y.sum().backward()  # type: ignore[union-attr]
+        with torch.set_grad_enabled(has_gradients(options)):
+            y = hybrid_attention(*tensors, **settings, backend="triton")
+        if has_gradients(options):
+            y.sum().backward()  # type: ignore[union-attr]
         tensors, settings = case.arguments()
         if settings["window"] == "terraced":
             w_q, w_k, gamma = (x.clone().requires_grad_() for x in tensors[3:6])

@@ -252,6 +252,15 @@ def test_unsupported_shapes_are_named(options: dict[str, Any], constraint: str) 
         run(make(**options))
 
 
+def test_gradients_without_a_window_are_not_taken_in_half_precision() -> None:
+    case = make(100, window="none", dtype=torch.float16)
+    expected = definition(case.wide())
+    with pytest.raises(ValueError, match=r"without a window gradients need float32, got torch\.float16"):
+        run(case.leaves())
+    with torch.no_grad():
+        assert relative(run(case.leaves()), expected) <= TOLERANCES[torch.float16][0]
+
+
 def test_a_decay_is_refused_and_left_to_the_chunked_form() -> None:
     tensors, options = make(40).arguments()
     options["decay"] = torch.full((2,), 0.9, device=DEVICE)
