@@ -107,7 +107,7 @@ def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
         hybrid_decode_(*token, *tensors[3:], state, **settings, backend="triton")
         q, k, v = (x[:, :1].transpose(1, 2).contiguous() for x in tensors[:3])
         keys, values = (x.new_zeros(*x.shape[:2], 640, x.shape[3]) for x in (k, v))
-        first = (keys[:, :, :4], values[:, :, :4], torch.arange(4).expand(2, -1))
+        first = (keys[:, :, :4].contiguous(), values[:, :, :4].contiguous(), torch.arange(8).view(2, 4))
         real, newest = torch.ones(2, 640, dtype=torch.bool), torch.tensor([300])
         room = {"real": real, "sinks": first, "softcap": settings.get("softcap"), "backend": "triton"}
         softmax_decode_(q, k, v, keys, values, newest, scale=0.1, **room)
