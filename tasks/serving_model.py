@@ -6,12 +6,16 @@ and `lolcats_kernels` from the model's own ``code`` directory.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
+
+# Prompts that are completed at once.
+BATCH = 32
 
 
 class LinearizedModel(PythonModel):
@@ -30,6 +34,7 @@ class LinearizedModel(PythonModel):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
         self.model = model.to(device).eval()
+        self.lock = threading.Lock()  # a server may ask from several threads, and a model decodes for one at a time
 
     # MLflow reads this hint and would warn about a union; lists arrive too, as the signature says.
     def predict(
@@ -39,28 +44,33 @@ class LinearizedModel(PythonModel):
         import torch
 
         options = {"max_new_tokens": 64, "temperature": 0.0, "seed": 0, **(params or {})}
-        torch.manual_seed(int(options["seed"]))
-        return [
-            self._complete(prompt, int(options["max_new_tokens"]), float(options["temperature"]))
-            for prompt in _prompts(model_input)
-        ]
+        rows = [self.tokenizer(prompt).input_ids for prompt in _prompts(model_input)]
+        if not all(rows):
+            raise ValueError("a prompt must hold at least one token, got an empty one")
+        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        with self.lock:
+            torch.manual_seed(int(options["seed"]))
+            size, heat = int(options["max_new_tokens"]), float(options["temperature"])
+            return [text for batch in batches for text in self._complete(batch, size, heat)]
 
-    def _complete(self, prompt: str, max_new_tokens: int, temperature: float) -> str:
+    def _complete(self, rows: list[list[int]], max_new_tokens: int, temperature: float) -> list[str]:
         import torch
 
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.model.device)
-        if ids.shape[1] == 0:
-            raise ValueError("a prompt must hold at least one token, got an empty one")
+        from lolcats_core import graphed_decoding
+
+        padding, longest = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0, max(map(len, rows))
+        ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
-        with torch.inference_mode():
+        with graphed_decoding(self.model):
             out = self.model.generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+                pad_token_id=padding,
                 **({"do_sample": False} | sampling),
             )
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        return [str(text) for text in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
 def _prompts(model_input: Any) -> Iterable[str]:

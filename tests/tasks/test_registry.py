@@ -33,6 +33,9 @@ model = mlflow.pyfunc.load_model(sys.argv[2])
 params = {"max_new_tokens": 3}
 texts = model.predict(["x = ", "y"], params=params)
 assert texts == model.predict(pd.DataFrame({"prompt": ["x = ", "y"]}), params=params)
+# Prompts of different lengths in one batch, and more of them than one batch holds.
+assert texts == [model.predict([prompt], params=params)[0] for prompt in ("x = ", "y")]
+assert model.predict(["x = ", "y"] * 20, params=params) == texts * 20
 print(json.dumps(texts))
 """
 
