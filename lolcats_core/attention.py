@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_core.cache import BoundedLayer, HybridCache, HybridLayer, KeptLayer
+from lolcats_core.cache import HybridCache, HybridLayer, KeptLayer
 from lolcats_core.errors import UserError
 from lolcats_core.feature_maps import FeatureMaps, Scores
 from lolcats_core.kv_groups import KVGroups
@@ -167,12 +167,11 @@ def kept_attention(
         alone = HybridContext(real=torch.arange(index.shape[1], device=q.device) < lengths[:, None])
         y = kept_attention(q, k, v, alone, scores, sliding_window, reach, None)
         return unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:])
-    bounded = cast(BoundedLayer | None, layer)
-    older = None if bounded is None else bounded.sinks
+    older = None if layer is None else layer.sinks
     new_k, new_v = (x[:, :, x.shape[2] - q.shape[2] :] for x in (k, v))
     sinks = gather_sinks(older, new_k, new_v, reach.sinks, context.seen, context.real)
-    if bounded is not None:
-        bounded.sinks = sinks
+    if layer is not None:
+        layer.sinks = sinks
     return softmax_attention(q, k, v, context, scores, reach.window, sinks if beyond else None)
 
 

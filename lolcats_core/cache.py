@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from lolcats_core.config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.errors import UserError
 from lolcats_core.rooms import InRoom
-from lolcats_core.sinks import Sinks
 from lolcats_kernels.hybrid_attention import HybridState
 
 _NO_CROP = (
@@ -35,13 +34,8 @@ KeptLayer = GrowingLayer | SlidingLayer
 class BoundedLayer(SlidingLayer):
     """Keys and values of softmax attention that sees a window and the sequence's first tokens.
 
-    Attributes:
-        sinks: the first tokens, or None before any or where the model has none; the attention function keeps them.
+    `sinks` are the first tokens, or None before any or where the model has none; the attention function keeps them.
     """
-
-    def __init__(self, window: int) -> None:
-        super().__init__(sliding_window=window)
-        self.sinks: Sinks | None = None
 
     def reset(self) -> None:
         super().reset()
@@ -140,10 +134,7 @@ class HybridCache(Cache):
     def __init__(self, config: PreTrainedConfig) -> None:
         settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
         # Growing, or bounded by the layer's own sliding window.
-        layers: list[Any] = [
-            SlidingLayer(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else GrowingLayer()
-            for layer in DynamicCache(config=config).layers
-        ]
+        layers: list[Any] = [_kept_layer(layer) for layer in DynamicCache(config=config).layers]
         if settings.softmax_window is not None:
             for i in {*settings.softmax_layers, *settings.softmax_heads} - {*local_layers(config)}:
                 layers[i] = BoundedLayer(settings.softmax_window)
@@ -193,6 +184,14 @@ class HybridCache(Cache):
         sinks = (layer.sinks for layer in layers if isinstance(layer, BoundedLayer) and layer.sinks is not None)
         held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         return sum(map(_bytes, [*held, *(tensor for first in sinks for tensor in vars(first).values())]))
+
+
+def _kept_layer(layer: Any) -> KeptLayer:
+    """Ours in the place of what transformers would hold a layer's keys and values in."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return SlidingLayer(layer.sliding_window)
+    assert type(layer) is DynamicLayer, f"a decode cache of {type(layer).__name__} is not known here"
+    return GrowingLayer()
 
 
 def _bytes(tensor: Tensor | None) -> int:

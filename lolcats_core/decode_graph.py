@@ -4,12 +4,13 @@ A step of a linearized model has the same shapes and addresses at every position
 Kept layers and heads move their keys and values into rooms (`lolcats_core.rooms`) for it, and a graph lasts until one
 of them is full.
 
-# B batch, S tokens so far, V vocabulary
+# B batch, V vocabulary
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,8 @@ def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, `model`'s one-token steps replay a CUDA graph where they can; results are the same.
 
     `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models on a CPU run as they
-    did. The weights must not change meanwhile.
+    did. Kept keys and values take up to half as much memory again (`lolcats_core.rooms`); where there is none, their
+    steps run as they did. The weights must not change meanwhile, and one thread at a time may call the model.
     """
     if model.device.type != "cuda":
         yield
@@ -48,9 +50,9 @@ def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if args or not steps.take(kwargs):
-            return plain(*args, **kwargs)
-        return steps.run(kwargs)
+        if not args and steps.take(kwargs) and steps.move_in(kwargs):
+            return steps.run(kwargs)
+        return plain(*args, **kwargs)
 
     model.forward = forward
     try:
@@ -59,8 +61,19 @@ def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
         del model.forward
 
 
+# The process may capture one graph at a time.
+_CAPTURE = threading.Lock()
+
+
 class _Steps:
-    """The captured step and the addresses that it works on."""
+    """The captured step and the addresses that it works on.
+
+    Attributes:
+        last: addresses of the last step's states. `captured`: those of the states and rooms of the captured step;
+            `rehearsed`: of the last step that ran in rooms without a graph.
+        newest: [1], the new tokens' column; every room of these steps reads it.
+        crowded: whether memory for rooms has run out.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.plain = model, model.forward
@@ -70,6 +83,7 @@ class _Steps:
         self.rehearsed: tuple[int, ...] | None = None
         self.ids = self.positions = self.logits = torch.empty(0)
         self.newest = torch.zeros(1, dtype=torch.int64, device=model.device)
+        self.crowded = False
 
     def take(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a step that the graph can stand for, and not the first on these addresses."""
@@ -88,20 +102,24 @@ class _Steps:
         key = (*ids.shape, *(tensor.data_ptr() for state in states for tensor in vars(state).values()))
         # The first step compiles and warms up what the second records.
         again, self.last = key == self.last, key
-        if not again or all(kept.has_place() for kept in cache.kept_layers()):
-            return again
-        return self._enter(cache, mask)
+        return again
 
-    def _enter(self, cache: HybridCache, mask: Tensor | None) -> bool:
-        """Move what the cache keeps into rooms with place for the next token, unless some of it cannot yet."""
+    def move_in(self, kwargs: dict[str, Any]) -> bool:
+        """Whether all that the cache keeps stands in rooms with place for the next token; it moves there if it can."""
+        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         kept = cache.kept_layers()
-        if not all(layer.may_enter() for layer in kept):
+        if all(layer.has_place(self.newest) for layer in kept):
+            return True
+        if self.crowded or not all(layer.may_enter() for layer in kept):
             return False
         real = None if mask is None or bool(mask.all()) else mask[:, :-1].bool()
-        self.graph = self.captured = None
-        for layer in kept:
-            layer.enter(real, self.newest)
-        return True
+        self._forget()
+        try:
+            for layer in kept:
+                layer.enter(real, self.newest)
+        except torch.OutOfMemoryError:
+            self.crowded = True
+        return not self.crowded
 
     def run(self, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
         """One step: `input_ids` [B, 1] → logits [B, 1, V]."""
@@ -119,6 +137,7 @@ class _Steps:
             self.rehearsed = addresses
             return CausalLMOutputWithPast(logits=self._step(ids, positions, cache), past_key_values=cache)
         if addresses != self.captured:
+            self._forget()
             self._capture(ids, positions, cache)
             self.captured = addresses
         else:
@@ -129,11 +148,15 @@ class _Steps:
         self.graph.replay()
         return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=cache)
 
+    def _forget(self) -> None:
+        """Free what a graph holds."""
+        self.graph = self.captured = None
+        self.logits = torch.empty(0)
+
     def _capture(self, ids: Tensor, positions: Tensor, cache: HybridCache) -> None:
-        self.graph, self.logits = None, torch.empty(0)  # what an older graph held is free before
         self.ids, self.positions = ids.clone(), positions.to(torch.int64).clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _CAPTURE, torch.cuda.graph(graph):
             self.logits = self._step(self.ids, self.positions, cache)
         self.graph = graph
 

@@ -18,8 +18,8 @@ from lolcats_core.feature_maps import Scores
 from lolcats_core.sinks import ABSENT, Sinks
 from lolcats_kernels.softmax_decode import softmax_decode_
 
-# Tokens that a growing room has place for when it is made, at least; and a part of those it holds.
-AHEAD, GROWTH = 512, 0.5
+# A growing room is made with place for this share of the tokens it holds again, at least and at most so many.
+GROWTH, LEAST, MOST = 0.5, 512, 8192
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Room:
 
     Attributes:
         keys, values: [B, Hk, C, D]. `real`: [B, C] bool, False at padding; None where nothing is padded.
-        newest: [1] int64 on the device, the new tokens' column; whoever runs the steps sets it.
+        newest: [1] int64 on the device, the new tokens' column. Whoever runs the steps sets it, and knows its rooms by
+            it: a copied cache has another.
         seen: columns so far. `stepping`: whether the next token is one of a step that runs in here.
     """
 
@@ -105,17 +106,20 @@ class InRoom:
 
     def may_enter(self) -> bool:
         """Whether a room can stand for the layer; asks the device whether all sinks are there."""
-        return self.keys is not None and (self.sinks is None or not bool((self.sinks.column == ABSENT).any()))
+        filled: bool = self.is_initialized  # type: ignore[attr-defined]
+        return filled and (self.sinks is None or not bool((self.sinks.column == ABSENT).any()))
 
-    def has_place(self) -> bool:
-        """Whether the next token fits into the room there is."""
-        slots = 0 if self.room is None else self.room.keys.shape[2]
-        return self.room is not None and (self.room.seen < slots or slots == self.window)
+    def has_place(self, newest: Tensor) -> bool:
+        """Whether the layer is in a room of the steps that set `newest`, and the next token fits into it."""
+        if self.room is None or self.room.newest is not newest:
+            return False
+        slots = self.room.keys.shape[2]
+        return self.room.seen < slots or slots == self.window
 
     def enter(self, real: Tensor | None, newest: Tensor) -> None:
         """Move into a room with place for the next token; `real`: [B, seen] or None."""
         seen: int = self.get_seq_length()  # type: ignore[attr-defined]
-        slots = -(-(seen + max(AHEAD, int(GROWTH * seen))) // 64) * 64
+        slots = -(-(seen + min(MOST, max(LEAST, int(GROWTH * seen)))) // 64) * 64
         slots = slots if self.window is None else min(slots, self.window)
         room = Room.holding(self.keys, self.values, seen, slots, real, newest)
         self._held, self.room = (None, None), room
@@ -131,7 +135,7 @@ class InRoom:
         return (room.keys.shape[2], *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
 
     def advance(self) -> None:
-        """Count the token that a step has put into the room."""
+        """Count the token that a step puts into the room."""
         assert self.room is not None
         self.room.seen += 1
         if hasattr(self, "cumulative_length"):

@@ -14,8 +14,8 @@ import mlflow
 import pandas as pd
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-# Prompts that are completed at once.
-BATCH = 32
+# Prompts that are completed at once, and tokens of theirs, padding included: one of them is always allowed.
+ROWS, TOKENS = 32, 16_384
 
 
 class LinearizedModel(PythonModel):
@@ -47,18 +47,25 @@ class LinearizedModel(PythonModel):
         rows = [self.tokenizer(prompt).input_ids for prompt in _prompts(model_input)]
         if not all(rows):
             raise ValueError("a prompt must hold at least one token, got an empty one")
-        batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+        size, heat = int(options["max_new_tokens"]), float(options["temperature"])
+        texts = [""] * len(rows)
         with self.lock:
             torch.manual_seed(int(options["seed"]))
-            size, heat = int(options["max_new_tokens"]), float(options["temperature"])
-            return [text for batch in batches for text in self._complete(batch, size, heat)]
+            for batch in batches(list(map(len, rows))):
+                for index, text in zip(batch, self._complete([rows[i] for i in batch], size, heat), strict=True):
+                    texts[index] = text
+        return texts
 
     def _complete(self, rows: list[list[int]], max_new_tokens: int, temperature: float) -> list[str]:
         import torch
 
         from lolcats_core import graphed_decoding
 
-        padding, longest = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0, max(map(len, rows))
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        padding = self.tokenizer.pad_token_id
+        padding = min(ends, default=0) if padding is None else padding
+        longest = max(map(len, rows))
         ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
@@ -70,7 +77,29 @@ class LinearizedModel(PythonModel):
                 pad_token_id=padding,
                 **({"do_sample": False} | sampling),
             )
-        return [str(text) for text in self.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+        # A row that ends before the others is filled up behind its end.
+        written = [_until_end(row, ends) for row in out[:, longest:].tolist()]
+        return [str(text) for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Places of prompts by batch, those of like length together."""
+    found: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # The newest is the longest.
+        if found and len(found[-1]) < ROWS and (len(found[-1]) + 1) * lengths[place] <= TOKENS:
+            found[-1].append(place)
+        else:
+            found.append([place])
+    return found
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to the first that ends a text, itself included."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: place + 1]
+    return tokens
 
 
 def _prompts(model_input: Any) -> Iterable[str]:

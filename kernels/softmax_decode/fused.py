@@ -18,7 +18,8 @@ from lolcats_kernels.hybrid_attention.fused.features import LOG2E, softcapped
 
 # Rows of the smallest product on tensor cores: query heads of a group are padded to it.
 GROUP_ROWS = 16
-TILE = 64
+# Slots of a tile, and bytes of a tile of keys at most: two of them and two of values fit every GPU's shared memory.
+TILE, TILE_BYTES = 64, 32 * 2**10
 # Programs that fill the device (four waves over 132 multiprocessors), and the most that one head's slots are cut into.
 FILL, MOST_PIECES = 528, 128
 
@@ -158,8 +159,13 @@ def softmax_decode(
     """Arguments and result of `softmax_decode_`."""
     batch, heads, _, dim = q.shape
     key_heads, slots = keys.shape[1:3]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k.to(keys.dtype), v.to(keys.dtype)))
-    pieces = max(1, min(MOST_PIECES, FILL // (batch * key_heads)))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    row_bytes = padded_dim * keys.element_size()
+    tile = min(TILE, TILE_BYTES // row_bytes)
+    pieces = max(1, min(MOST_PIECES, FILL // (batch * key_heads), triton.cdiv(slots, tile)))
+    # A third tile on its way pays where few programs share the memory's bandwidth (measured), and must fit.
+    stages = 3 if pieces == MOST_PIECES and row_bytes <= 256 else 2
     y = torch.empty(batch, 1, heads, dim, dtype=q.dtype, device=q.device)
     divided = pieces > 1
     shape = (batch, heads, pieces) if divided else (0,)
@@ -167,14 +173,14 @@ def softmax_decode(
     acc = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
     sink_k, sink_v, sink_column = sinks or (keys, values, newest)
     count = 0 if sinks is None else sink_k.shape[2]
-    constants = {"D": dim, "DB": max(16, triton.next_power_of_2(dim)), "N": TILE}
+    constants = {"D": dim, "DB": padded_dim, "N": tile}
     piece_kernel[(key_heads, batch, pieces)](
         q, k, v, keys, values, newest if real is None else real.view(torch.uint8), sink_k, sink_v, sink_column, newest,
         y, top, den, acc, pieces, slots, scale, softcap or 0.0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), **constants,
         H=heads, HK=key_heads, G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), SINKS=count,
         SB=max(16, triton.next_power_of_2(count)), PADDED=real is not None, CAPPED=softcap is not None,
-        DIVIDED=divided, num_warps=4, num_stages=3 if pieces == MOST_PIECES else 2,
+        DIVIDED=divided, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if divided:
         join_kernel[(batch * heads,)](top, den, acc, newest, y, pieces, slots, **constants, PB=16, num_warps=4)

@@ -40,15 +40,16 @@ def softmax_decode_(
         keys, values: [B, Hk, C, D], dense, finite also where no token is yet; written in one slot.
         newest: [1] int64 on the device, the new tokens' column: how many are before them, padding counted.
         scale: of the scores. `softcap`: their bound, cap tanh(score / cap) (Gemma 2).
-        real: [B, C] bool, False where a slot holds padding; written in one slot. None when nothing is padded.
+        real: [B, C] bool, dense, False where a slot holds padding; written in one slot. None when nothing is padded.
         sinks: keys and values [B, Hk, s, D] and columns [B, s] int64 of the first tokens, dense, which are seen where
             they have left the room (arXiv 2309.17453).
+        backend: "triton", "naive" (PyTorch, any dtype), or "auto": the kernels on a GPU in the dtypes they take.
 
     Returns:
         [B, 1, H, D] in the dtype of `q`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or one that does not take this call.
+        ValueError: shapes or dtypes that do not fit, an unknown backend, or one that does not take this call.
     """
     if q.dim() != 4 or q.shape[2] != 1 or k.shape != v.shape or k.shape[2:] != q.shape[2:] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -60,8 +61,18 @@ def softmax_decode_(
             f"keys and values must be [B, Hk, C, D] for k {tuple(k.shape)}, got {tuple(keys.shape)} and"
             f" {tuple(values.shape)}"
         )
-    if not all(x.is_contiguous() for x in (keys, values, *(sinks or ()))):
-        raise ValueError("keys, values and sinks must be dense, since their addresses are those of every later step")
+    if len(dtypes := {x.dtype for x in (q, k, v, keys, values, *(sinks or ())[:2])}) > 1:
+        raise ValueError(
+            f"q, k, v, keys, values and sinks must have one dtype, got {', '.join(sorted(map(str, dtypes)))}"
+        )
+    if real is not None and (real.shape != (q.shape[0], keys.shape[2]) or real.dtype != torch.bool):
+        raise ValueError(
+            f"`real` must be bool [B, C] = [{q.shape[0]}, {keys.shape[2]}], got {real.dtype} {tuple(real.shape)}"
+        )
+    if not all(x.is_contiguous() for x in (keys, values, *(sinks or ()), *([] if real is None else [real]))):
+        raise ValueError(
+            "keys, values, `real` and sinks must be dense, since their addresses are those of every later step"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}")
     options: dict[str, Any] = {"scale": scale, "softcap": softcap, "real": real, "sinks": sinks}

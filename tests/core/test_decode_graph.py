@@ -68,7 +68,7 @@ def test_only_repeated_plain_steps_on_the_same_state_are_taken() -> None:
 @pytest.fixture
 def _small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rooms of one more block of 64 columns than they need."""
-    monkeypatch.setattr(rooms, "AHEAD", 1)
+    monkeypatch.setattr(rooms, "LEAST", 1)
     monkeypatch.setattr(rooms, "GROWTH", 0.0)
 
 

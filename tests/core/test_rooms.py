@@ -57,7 +57,7 @@ class Steps(_Steps):
     def __call__(self, ids: torch.Tensor, cache: HybridCache, mask: torch.Tensor | None = None) -> torch.Tensor:
         kwargs = {"input_ids": ids, "past_key_values": cache, "attention_mask": mask}
         with in_place(cache) if ids.shape[1] == 1 else nullcontext():
-            if not self.take(kwargs):
+            if not (self.take(kwargs) and self.move_in(kwargs)):
                 return self.model(**kwargs).logits
             self.replayed += 1
             logits = self.run(kwargs).logits
@@ -85,7 +85,7 @@ def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, split: int
 def test_steps_in_rooms_have_the_logits_of_plain_decoding(
     family: str, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rooms, "AHEAD", 1)
+    monkeypatch.setattr(rooms, "LEAST", 1)
     monkeypatch.setattr(rooms, "GROWTH", 0.0)
     model, ids = tiny_student(family, settings), tokens(2, 150)
     steps = Steps(model)
@@ -100,7 +100,7 @@ def test_steps_in_rooms_have_the_logits_of_plain_decoding(
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_before_the_steps_is_never_seen(settings: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms, "AHEAD", 1)
+    monkeypatch.setattr(rooms, "LEAST", 1)
     model = tiny_student(settings=settings)
     ids, mask = padded([tokens(1, 33, seed=1), tokens(1, 5, seed=2)], side)
     ids = torch.cat([ids, tokens(2, 60)], 1)
@@ -165,3 +165,43 @@ def test_text_between_steps_is_read_from_the_rooms_and_steps_go_on_in_new_ones()
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(ids[:, :9], past_key_values=cache).logits, expected[:, :9], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
+@torch.no_grad()
+def test_a_copied_cache_moves_into_rooms_of_its_own_even_at_the_addresses_of_another(settings: Any) -> None:
+    model, ids = tiny_student(settings=settings), tokens(2, 60)
+    steps, cache = Steps(model), HybridCache(model.config)
+    for start, stop in [(0, 15), *((t, t + 1) for t in range(15, 40))]:
+        steps(ids[:, start:stop], cache)
+    expected = decoded(model, ids, None, 40, None)[:, 40:]
+    home = [layer.state for layer in cache.layers if isinstance(layer, HybridLayer)]
+    for _ in range(2):
+        twin = copy.deepcopy(cache)
+        # Where an allocator may put the states of a copy when those of the one before are gone.
+        for layer, state in zip((x for x in twin.layers if isinstance(x, HybridLayer)), home, strict=True):
+            layer.state = state
+        before = [state.map(torch.clone) for state in home]
+        found = torch.cat([steps(ids[:, t : t + 1], twin) for t in range(40, 60)], 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for state, old in zip(home, before, strict=True):
+            for name, tensor in vars(old).items():
+                getattr(state, name).copy_(tensor)
+
+
+@torch.no_grad()
+def test_without_memory_for_rooms_steps_run_as_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_student(), tokens(2, 60)
+    enter, entered = rooms.InRoom.enter, []
+
+    def full(self: rooms.InRoom, *args: Any) -> None:
+        entered.append(self)
+        if len(entered) == 2:
+            raise torch.OutOfMemoryError
+        enter(self, *args)
+
+    monkeypatch.setattr(rooms.InRoom, "enter", full)
+    steps = Steps(model)
+    found = decoded(model, ids, None, 20, steps)
+    torch.testing.assert_close(found, decoded(model, ids, None, 20, None), rtol=1e-4, atol=1e-4)
+    assert (steps.replayed, len(entered)) == (0, 2)

@@ -26,6 +26,8 @@ from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_att
 from lolcats_kernels.softmax_decode import softmax_decode_
 from tests.kernels.operands import make
 
+# As many as make the most pieces of a step over kept keys and values, which then takes the most memory.
+SLOTS = 16384
 HOPPER = GPUTarget("cuda", 90, 32)
 # Llama-3-8B's heads; the largest tiles; every window and the packed shape of the map.
 CASES: dict[str, dict[str, Any]] = {
@@ -106,9 +108,9 @@ def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
         token = (x[:, :1] for x in tensors[:3])
         hybrid_decode_(*token, *tensors[3:], state, **settings, backend="triton")
         q, k, v = (x[:, :1].transpose(1, 2).contiguous() for x in tensors[:3])
-        keys, values = (x.new_zeros(*x.shape[:2], 640, x.shape[3]) for x in (k, v))
+        keys, values = (x.new_zeros(*x.shape[:2], SLOTS, x.shape[3]) for x in (k, v))
         first = (keys[:, :, :4].contiguous(), values[:, :, :4].contiguous(), torch.arange(8).view(2, 4))
-        real, newest = torch.ones(2, 640, dtype=torch.bool), torch.tensor([300])
+        real, newest = torch.ones(2, SLOTS, dtype=torch.bool), torch.tensor([300])
         room = {"real": real, "sinks": first, "softcap": settings.get("softcap"), "backend": "triton"}
         softmax_decode_(q, k, v, keys, values, newest, scale=0.1, **room)
 

@@ -14,6 +14,7 @@ from tests.kernels.compile_for_gpu import CASES, has_gradients
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 232_448  # bytes a program may have on sm_90
+SMALLEST = 101_376  # on sm_86 and sm_89
 GRADIENTS = {"query_gradient_kernel", "reverse_states_kernel", "key_gradient_kernel", "map_product_kernel"}
 KERNELS = {
     "states_kernel",
@@ -39,6 +40,8 @@ def test_every_kernel_compiles_for_hopper(case: str, tmp_path: Path) -> None:
     for name, used in usage.items():
         assert used["shared"] <= SHARED_MEMORY, (name, used)
         assert used["registers"] <= 255, (name, used)
+        # Models with kept layers decode on any GPU, whatever form their linear layers take there.
+        assert used["shared"] <= SMALLEST or not name.startswith(("piece_kernel", "join_kernel")), (name, used)
     if case == "llama3_8b":
         # What runs most must not spill.
         for name in ("states_kernel 0", "output_kernel 1", "state_kernel 16", "piece_kernel 17", "join_kernel 18"):

@@ -145,7 +145,11 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         softmax_decode_(row.q.expand(-1, -1, 2, -1), k, k, *room, row.newest, scale=1.0)
     with pytest.raises(ValueError, match=r"keys and values must be \[B, Hk, C, D\]"):
         softmax_decode_(row.q, k, k, row.keys[..., :5], row.values, row.newest, scale=1.0)
-    with pytest.raises(ValueError, match="keys, values and sinks must be dense"):
+    with pytest.raises(ValueError, match=r"`real` must be bool \[B, C\] = \[2, 64\], got torch.bool \(1, 64\)"):
+        softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, real=row.real.new_ones(1, 64))
+    with pytest.raises(ValueError, match=r"one dtype, got torch.float16, torch.float32"):
+        softmax_decode_(row.q.half(), k, k, *room, row.newest, scale=1.0)
+    with pytest.raises(ValueError, match="keys, values, `real` and sinks must be dense"):
         softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, sinks=(row.k[:, :, :2], row.v[:, :, :2], row.newest))
     with pytest.raises(ValueError, match="`backend` must be one of auto, triton, naive, got 'fused'"):
         softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, backend="fused")

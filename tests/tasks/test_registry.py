@@ -186,3 +186,17 @@ def test_registration_works_with_a_server(
     assert not register(finished).created
     assert not (finished / "mlflow.db").exists()
     assert len(load_elsewhere(server, "models:/lolcats-demo@candidate", tmp_path)) == 2
+
+
+def test_prompts_of_like_length_are_completed_together() -> None:
+    from tasks.serving_model import ROWS, TOKENS, batches
+
+    assert batches([]) == []
+    assert batches([5, 20_000, 3, 50]) == [[2, 0, 3], [1]]  # the long one would be the length of all
+    assert batches([TOKENS * 2]) == [[0]]
+    for lengths in ([7] * 100, [TOKENS // 4] * 9, list(range(1, 3000, 37))):
+        found = batches(lengths)
+        assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
+        for batch in found:
+            assert len(batch) <= ROWS
+            assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= TOKENS
