@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -120,7 +121,7 @@ def run_lm_eval(
             return logits
 
     training = model.training
-    with _quiet():
+    with _quiet(), _one_process():
         manager = TaskManager(include_defaults=False, include_path=[str(path) for path in paths])
         groups = {name: _leaves(manager, name) for name in tasks}
         if answers is not None:
@@ -331,6 +332,25 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Let lm-eval resample in this process, with the same numbers, instead of forking it once for each core.
+
+    A fork that is still starting while the pool is ended already can lose the signal, where the process handles it (as
+    stages do); the pool then waits for ever.
+    """
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _one_line(error: Exception) -> str:

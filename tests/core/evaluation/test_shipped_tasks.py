@@ -89,6 +89,17 @@ def test_the_numbers_are_those_of_lm_eval_run_on_the_exported_directory(
             assert stderr == pytest.approx(ours[task].stderr, rel=1e-4), task
 
 
+def test_resampling_forks_no_process(student: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of forks can wait for ever for one that lost the signal to end."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("lm-eval made a pool of processes")
+
+    monkeypatch.setattr("multiprocessing.Pool", refuse)
+    resampled = run_lm_eval(student, byte_tokenizer(), ["lambada_openai"])["lambada_openai"].metrics
+    assert resampled["perplexity"] > 1
+
+
 def test_a_run_cut_short_asks_only_what_is_left(student: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     original = type(student).forward
