@@ -9,8 +9,8 @@ length that nothing is appended to, the faster of FlashAttention-2 and cuDNN, an
 128 prompt tokens and 4 096 new ones: a softmax step's time is linear in the context, so three contexts give the mean.
 "lolcats, kv_head" has one key map per kv head (`linearize.k_map_per`), so a state four times smaller at these shapes.
 "lolcats, a tenth kept" has it too, and softmax attention in a tenth of the kv groups as the default recipe leaves it,
-whose keys and values grow: it is measured at every context, and a step of "generation" is the mean as for softmax. No row
-has the captures that new graphs cost: one for the constant state, one for each room that the kept part outgrows.
+whose keys and values grow: it is measured at every context, and a step of "generation" is the mean as for softmax.
+No row has the captures that new graphs cost: one for the constant state, one for each room that the kept part outgrows.
 """
 
 from __future__ import annotations
