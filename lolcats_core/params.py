@@ -63,6 +63,8 @@ class DataParams:
     `source`: ``builtin`` (the Python standard library's sources), a file, directory or glob of .jsonl, .parquet,
     .txt or .py files, or a Hugging Face dataset id with `revision`. `loss_on: completion` scores only the response of
     Alpaca and chat records. `packing`: ``concatenated`` as published, or ``documents`` (no token attends across).
+    `position_range`: training rows stand at random positions below it, so that a student that will read longer texts
+    has seen their positions; null: from 0 on, as published.
     """
 
     source: str = "builtin"
@@ -73,6 +75,7 @@ class DataParams:
     loss_on: Literal["all", "completion"] = "all"
     sequence_length: int = 512
     packing: Literal["concatenated", "documents"] = "concatenated"
+    position_range: int | None = None
     validation_share: float = 0.05
     max_rejected_share: float = 0.01
     max_record_bytes: int = 4_000_000
@@ -85,6 +88,11 @@ class DataParams:
         _require(0 < self.validation_share < 1, "`validation_share` must lie in (0, 1)", self.validation_share)
         _require(0 <= self.max_rejected_share <= 1, "`max_rejected_share` must lie in [0, 1]", self.max_rejected_share)
         _require(self.max_record_bytes >= 1, "`max_record_bytes` must be at least 1", self.max_record_bytes)
+        _require(
+            self.position_range is None or self.position_range >= self.sequence_length,
+            f"`position_range` must be null or at least `sequence_length` {self.sequence_length}",
+            self.position_range,
+        )
         for name in ("max_train_tokens", "max_validation_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)

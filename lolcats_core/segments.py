@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lolcats_core.attention import HybridContext
+from lolcats_core.attention import HybridContext, document_numbers
 from lolcats_core.cache import HybridCache
 from lolcats_core.errors import UserError
 from lolcats_core.evaluation.perplexity import next_token_targets
@@ -48,7 +48,8 @@ def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scal
     Raises:
         UserError: packed documents, which have no single state.
     """
-    if "position_ids" in batch:
+    places = batch.get("position_ids")
+    if places is not None and document_numbers(places) is not None:
         raise UserError("`finetune.segment_length` must be null with `data.packing: documents`, got " + str(length))
     student = plain_model(model)
     ids = batch["input_ids"]
@@ -59,7 +60,7 @@ def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scal
         stop = min(start + length, ids.shape[1])
         predicts = slice(start, min(stop, targets.shape[1]))
         with torch.set_grad_enabled(scale is not None):
-            positions = torch.arange(start, stop, device=ids.device)[None]
+            positions = torch.arange(start, stop, device=ids.device)[None] if places is None else places[:, start:stop]
             context = HybridContext(cache=cache, seen=start)
             out = student.base_model(
                 input_ids=ids[:, start:stop],

@@ -224,13 +224,21 @@ def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed
     show_layers(student, on_device, functools.partial(calibrate_layer, seed=seed))
 
 
+def holds_documents(rows: Rows, at_once: int = 1024) -> bool:
+    """Whether any row holds several documents: positions start again inside it."""
+    if "position_ids" not in rows.batch(np.arange(1)):
+        return False
+    batches = batches_of(range(len(rows)), at_once)
+    return any(document_numbers(rows.batch(batch)["position_ids"]) is not None for batch in batches)
+
+
 def check_cross_entropy(rows: Rows, params: TransferParams) -> None:
     """Refuse the quadratic term on packed documents.
 
     Raises:
         UserError: both are asked for.
     """
-    if params.xent_weight and "position_ids" in rows.batch(np.arange(1)):
+    if params.xent_weight and holds_documents(rows):
         raise UserError(
             f"`transfer.xent_weight` must be 0 with `data.packing: documents` (the term has no document mask),"
             f" got {params.xent_weight}"

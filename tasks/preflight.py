@@ -49,6 +49,7 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,
+        "data.position_range": params.data.position_range or 0,
         "evaluate.recall_gaps (twice the largest)": 2 * max(params.evaluate.recall_gaps, default=0),
         "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0) if own else 0,
     }

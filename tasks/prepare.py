@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandera.pandas as pa
 
-from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker
+from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placement
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import Raw, describe, raw_records
@@ -50,10 +50,16 @@ class Counts:
 
 
 class Split:
-    """Rows of one side, up to its bound."""
+    """Rows of one side, up to its bound; with `place`, each at a place of its own."""
 
-    def __init__(self, writer: TokenRowsWriter, packer: ConcatenatedPacker | DocumentPacker, max_tokens: int | None):
-        self.writer, self.packer = writer, packer
+    def __init__(
+        self,
+        writer: TokenRowsWriter,
+        packer: ConcatenatedPacker | DocumentPacker,
+        max_tokens: int | None,
+        place: Placement | None,
+    ) -> None:
+        self.writer, self.packer, self.place = writer, packer, place
         self.max_rows = None if max_tokens is None else max_tokens // writer.sequence_length
 
     @property
@@ -64,7 +70,7 @@ class Split:
     def _write(self, rows: Iterator[Mapping[str, np.ndarray]]) -> None:
         for row in rows:
             if not self.full:
-                self.writer.append(**row)
+                self.writer.append(**(dict(row) if self.place is None else self.place(dict(row))))
 
     def add(self, tokens: list[int], targets: list[bool]) -> None:
         self._write(self.packer.add(tokens, targets))
@@ -105,10 +111,17 @@ def run(stage: Stage) -> Mapping[str, float]:
                 if by_document
                 else ConcatenatedPacker(data.sequence_length, completion_only)
             )
+            # Validation is at the positions that a text begins with.
+            below = data.position_range if name == "train" else None
+            place = None if below is None else Placement(data.sequence_length, below)
             writer = TokenRowsWriter(
-                stage.out / name, sequence_length=data.sequence_length, vocab_size=vocab, columns=packer.columns
+                stage.out / name,
+                sequence_length=data.sequence_length,
+                vocab_size=vocab,
+                columns=tuple(dict.fromkeys((*packer.columns, *(["position_ids"] if place else [])))),
+                positions=below,
             )
-            sides[name] = Split(stack.enter_context(writer), packer, bound)
+            sides[name] = Split(stack.enter_context(writer), packer, bound, place)
         rejected = stack.enter_context((stage.scratch / REJECTED).open("w", encoding="utf-8"))
         for found in _documents(stage, tokenizer, counts, rejected, sides):
             encoded = encoder.encode([document for document, _, _ in found])
@@ -122,7 +135,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         _check_counts(data, counts, sides, stage.scratch / REJECTED)
     (stage.out / REJECTED).write_bytes((stage.scratch / REJECTED).read_bytes())
     for name in SPLITS:
-        _check_written(stage.out / name)
+        _check_written(stage.out / name, data.position_range)
     metrics = _metrics(counts, sides)
     write_json(stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(pin))})
     for name, context in zip(SPLITS, ("training", "validation"), strict=True):
@@ -263,12 +276,12 @@ def _check_counts(data: DataParams, counts: Counts, sides: Mapping[str, Split], 
             )
 
 
-def _check_written(path: Path) -> None:
+def _check_written(path: Path, below: int | None) -> None:
     rows = TokenRows.open(path)
     for start in range(0, len(rows), 4096):
         batch = rows.batch(np.arange(start, min(start + 4096, len(rows))))
         try:
-            check_rows({name: t.numpy() for name, t in batch.items()}, rows.vocab_size, rows.sequence_length)
+            check_rows({name: t.numpy() for name, t in batch.items()}, rows.vocab_size, rows.sequence_length, below)
         except pa.errors.SchemaError as error:
             raise RuntimeError(f"{path.name}: packed rows are wrong: {error}") from error
 

@@ -107,11 +107,11 @@ def _size(value: Any) -> int:
     return sum(len(m["content"].encode()) for m in value) if isinstance(value, list) else len((value or "").encode())
 
 
-def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int) -> None:
+def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int, below: int | None = None) -> None:
     """Check one batch of packed rows.
 
     Args:
-        row: columns [n, L] of a `TokenRows` batch.
+        row: columns [n, L] of a `TokenRows` batch. below: of all positions; L by default.
 
     Raises:
         pandera.errors.SchemaError: ids outside the vocabulary, positions that neither go on nor start again, or a
@@ -125,10 +125,11 @@ def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int) -> N
     }
     if "position_ids" in row:
         positions = row["position_ids"]
-        steps = np.diff(positions, axis=1, prepend=-1)
+        first = positions[:, :1]
+        steps = np.diff(positions, axis=1, prepend=first - 1)
         frame["position_ids"] = positions.reshape(-1)
-        frame["starts_or_goes_on"] = ((positions == 0) | (steps == 1)).reshape(-1)
-        columns["position_ids"] = pa.Column(np.int64, pa.Check.in_range(0, length - 1))
+        frame["starts_or_goes_on"] = ((positions == first) | (steps == 1)).reshape(-1)
+        columns["position_ids"] = pa.Column(np.int64, pa.Check.in_range(0, (below or length) - 1))
         columns["starts_or_goes_on"] = pa.Column(bool, pa.Check.eq(True))
     if "loss_mask" in row:
         frame["loss_mask"] = row["loss_mask"].reshape(-1)

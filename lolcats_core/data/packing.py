@@ -1,4 +1,5 @@
-"""Documents to rows of one length: concatenated as published, or with boundaries that no token attends across.
+"""Documents to rows of one length: concatenated as published, or with boundaries that no token attends across; and the
+positions at which rows stand.
 
 # L sequence_length
 """
@@ -95,3 +96,22 @@ class DocumentPacker:
         }
         self.tokens, self.targets, self.positions = [], [], []
         return row
+
+
+class Placement:
+    """Rows at random positions below `below` instead of from 0 on, at the same ones in every run.
+
+    A query and a key are turned by their absolute positions (RoPE) before the feature maps see them. Softmax attention
+    sees only how far they are apart, so the teacher's outputs are the same everywhere; maps that have seen no position
+    beyond their rows' end do not copy them there. After position sampling for softmax models (arXiv 2305.16843,
+    2309.10400).
+    """
+
+    def __init__(self, length: int, below: int) -> None:
+        self.length, self.places = length, below - length + 1
+        self.random = np.random.default_rng(0)
+
+    def __call__(self, row: Row) -> Row:
+        """The row with `position_ids` from its place on."""
+        positions = row.get("position_ids", np.arange(self.length))
+        return {**row, "position_ids": positions + self.random.integers(self.places)}

@@ -93,7 +93,7 @@ class TokenRows:
         """Rows `indices`, in that order, as fresh tensors [n, L].
 
         Returns:
-            ``input_ids`` int64 and, where the column was written, ``position_ids`` int64 (restarting at 0 with each
+            ``input_ids`` int64 and, where the column was written, ``position_ids`` int64 (starting again with each
             document in a row) and ``loss_mask`` bool (True where the token counts as a *target*). An absent
             ``position_ids`` means 0 … L-1, an absent ``loss_mask`` all True.
 
@@ -129,10 +129,17 @@ class TokenRowsWriter:
         sequence_length: tokens per row, L.
         vocab_size: ids must lie in [0, vocab_size).
         columns: ``input_ids`` and any of ``position_ids`` and ``loss_mask``.
+        positions: position ids lie in [0, positions); L by default.
     """
 
     def __init__(
-        self, path: Path | str, *, sequence_length: int, vocab_size: int, columns: Sequence[str] = ("input_ids",)
+        self,
+        path: Path | str,
+        *,
+        sequence_length: int,
+        vocab_size: int,
+        columns: Sequence[str] = ("input_ids",),
+        positions: int | None = None,
     ) -> None:
         unknown = [name for name in columns if name not in COLUMNS]
         if unknown or "input_ids" not in columns or len(set(columns)) != len(columns):
@@ -146,7 +153,7 @@ class TokenRowsWriter:
         self.vocab_size = vocab_size
         self.columns = tuple(columns)
         self.rows = 0
-        limits = {"input_ids": vocab_size, "position_ids": sequence_length, "loss_mask": 2}
+        limits = {"input_ids": vocab_size, "position_ids": positions or sequence_length, "loss_mask": 2}
         self._limits = {name: limits[name] for name in self.columns}
         self._dtypes = {name: _smallest_dtype(limit) for name, limit in self._limits.items()}
         self._stack = contextlib.ExitStack()

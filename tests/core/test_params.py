@@ -56,6 +56,7 @@ def test_every_preset_the_issue_names_exists() -> None:
         ({"tranfer.lr": 1}, r"unknown key `tranfer` \(did you mean `transfer`\?\)"),
         ({"linearize": {"window_sise": 8}}, r"unknown key `linearize\.window_sise` .*`linearize\.window_size`"),
         ({"transfer.lr": "fast"}, r"`transfer\.lr` must be a finite number, got 'fast'"),
+        ({"data.position_range": 100}, r"`position_range` must be null or at least `sequence_length` 512, got 100"),
         ({"transfer.lr": float("nan")}, r"`transfer\.lr` must be a finite number"),
         ({"transfer.lr": True}, r"`transfer\.lr` must be a finite number, got True"),
         ({"transfer.lr": -1}, r"`lr` must be greater than 0, got -1"),

@@ -51,9 +51,10 @@ def test_sliced_logits_give_the_same_loss_and_gradients(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("settings", [SETTINGS, MIXED], ids=["linear", "mixed"])
 @pytest.mark.parametrize("length", [13, 16, 39, 40])
-def test_the_loss_by_segments_is_that_of_the_whole_rows(settings: Any, length: int) -> None:
+@pytest.mark.parametrize("below", [None, 200], ids=["from_0", "placed"])
+def test_the_loss_by_segments_is_that_of_the_whole_rows(settings: Any, length: int, below: int | None) -> None:
     student = tiny_student(settings=settings)
-    batch = FakeRows(3).batch(range(3))
+    batch = FakeRows(3, below=below).batch(range(3))
     with torch.no_grad():
         expected = next_token_loss(student, batch)
     torch.testing.assert_close(segmented_loss(student, batch, length, None), expected, rtol=1e-5, atol=1e-5)

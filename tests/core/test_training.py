@@ -18,7 +18,7 @@ from lolcats_core.modeling import linearize, named_map_parameters
 from lolcats_core.params import FinetuneParams, TransferParams
 from lolcats_core.training import CHECKPOINT, learning_rate_scale, step_batches, total_steps, train
 from lolcats_core.training_params import TrainingParams
-from lolcats_core.transfer import attention_transfer, evaluate_transfer, transfer_losses
+from lolcats_core.transfer import attention_transfer, evaluate_transfer, holds_documents, transfer_losses
 from tests.core.tiny import FakeRows, tiny_teacher
 
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
@@ -152,6 +152,22 @@ def test_cross_entropy_refuses_packed_documents(tmp_path: Path) -> None:
     rows = FakeRows(8, documents=True)
     with pytest.raises(UserError, match=r"must be 0 with `data\.packing: documents`"):
         attention_transfer(student, rows, rows, params(xent_weight=1.0), scratch=tmp_path)
+
+
+def test_a_row_s_place_changes_the_student_and_not_the_teacher(tmp_path: Path) -> None:
+    student, near, far = linearize(tiny_teacher(), SETTINGS), FakeRows(4), FakeRows(4, below=240)
+    batches = near.batch(range(4)), far.batch(range(4))
+    with torch.no_grad():
+        seen, moved = (tiny_teacher()(**batch).logits for batch in batches)
+        torch.testing.assert_close(moved, seen, rtol=1e-4, atol=1e-4)
+        seen, moved = (student(**batch).logits for batch in batches)
+    assert float((moved - seen).norm() / seen.norm()) > 1e-3
+    # One document a row, wherever it stands: every term of the loss takes it.
+    assert not holds_documents(far)
+    attention_transfer(student, far, near, params(xent_weight=1.0, max_steps=2), scratch=tmp_path)
+    mixed = FakeRows(8, documents=True, below=200)
+    mixed.places[:4] = 0  # type: ignore[index]
+    assert holds_documents(mixed, at_once=2)
 
 
 def test_lora_starts_as_the_identity_and_trains_only_projections() -> None:

@@ -136,10 +136,14 @@ def byte_teacher(**changes: Any) -> Any:
 class FakeRows:
     """Token rows in memory, with the interface of `TokenRows`."""
 
-    def __init__(self, rows: int = 24, length: int = 40, seed: int = 0, documents: bool = False) -> None:
+    def __init__(
+        self, rows: int = 24, length: int = 40, seed: int = 0, documents: bool = False, below: int | None = None
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.input_ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
         self.sequence_length, self.documents = length, documents
+        # Where rows begin: at 0, or anywhere below `below` (`data.position_range`).
+        self.places = None if below is None else torch.randint(below - length + 1, (rows, 1), generator=generator)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -150,4 +154,7 @@ class FakeRows:
             cut = self.sequence_length // 3
             row = torch.cat([torch.arange(cut), torch.arange(self.sequence_length - cut)])
             batch["position_ids"] = row.expand(len(batch["input_ids"]), -1)
+        if self.places is not None:
+            positions = batch.get("position_ids", torch.arange(self.sequence_length))
+            batch["position_ids"] = positions + self.places[torch.as_tensor(np.asarray(indices))]
         return batch

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.data.sources import Raw
@@ -131,6 +132,28 @@ def test_packed_documents_have_positions_and_masks(tmp_path: Path) -> None:
     scored = TOKENIZER.decode(batch["input_ids"][batch["loss_mask"]])
     assert set(scored.split("<eos>")) == {"yes " * 9, ""}
     assert (batch["position_ids"] == 0).sum() > len(rows)
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "documents"])
+def test_training_rows_stand_anywhere_in_their_range_and_validation_rows_at_its_start(
+    tmp_path: Path, packing: str
+) -> None:
+    found = []
+    for name, below in {"placed": 10 * LENGTH, "again": 10 * LENGTH, "plain": None}.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "data.jsonl", [{"text": text} for text in texts(200)])
+        found.append(run(tmp_path / name, packing=packing, position_range=below)[0].out)
+    rows, again, before = (TokenRows.open(out / "train") for out in found)
+    assert rows.digest == again.digest
+    batch, old = (each.batch(np.arange(len(each))) for each in (rows, before))
+    assert torch.equal(batch["input_ids"], old["input_ids"])
+    places = batch["position_ids"][:, 0]
+    positions = old.get("position_ids", torch.arange(LENGTH).expand(len(rows), -1))
+    assert torch.equal(batch["position_ids"], positions + places[:, None])
+    assert int(batch["position_ids"].max()) < 10 * LENGTH
+    assert 0 <= int(places.min()) < 3 * LENGTH < 6 * LENGTH < int(places.max())
+    held_out = TokenRows.open(found[0] / "validation")
+    assert "position_ids" not in held_out.columns or int(held_out.batch([0])["position_ids"][0, 0]) == 0
 
 
 def test_chat_records_are_laid_out_by_the_template(tmp_path: Path) -> None:

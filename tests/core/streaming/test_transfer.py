@@ -49,22 +49,25 @@ def streamed(folder: Path, scratch: Path, settings: LinearizeConfig = SETTINGS, 
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "documents"),
+    ("family", "settings", "documents", "below"),
     [
-        ("llama", SETTINGS, False),
-        ("llama", MIXED, True),
-        ("llama", dataclasses.replace(MIXED, feature_map_init="calibrated"), True),
-        ("gemma3_text", SETTINGS, False),
-        ("gpt_neox", MIXED, False),
+        ("llama", SETTINGS, False, None),
+        ("llama", MIXED, True, None),
+        ("llama", MIXED, False, 200),
+        ("llama", MIXED, True, 200),
+        ("llama", dataclasses.replace(MIXED, feature_map_init="calibrated"), True, None),
+        ("gemma3_text", SETTINGS, False, None),
+        ("gpt_neox", MIXED, False, None),
     ],
 )
 def test_the_maps_are_those_of_the_joint_mode(
-    tmp_path: Path, family: str, settings: LinearizeConfig, documents: bool
+    tmp_path: Path, family: str, settings: LinearizeConfig, documents: bool, below: int | None
 ) -> None:
     teacher = tiny_teacher(family)
     teacher.save_pretrained(tmp_path / "teacher")
     student = linearize(teacher, settings)
-    rows, validation = FakeRows(24, documents=documents), FakeRows(8, seed=1, documents=documents)
+    rows = FakeRows(24, documents=documents, below=below)
+    validation = FakeRows(8, seed=1, documents=documents)
     joint = attention_transfer(student, rows, validation, EQUAL, scratch=tmp_path / "joint")
     maps, result, errors = streamed(tmp_path / "teacher", tmp_path / "streamed", settings, rows=rows)
     expected = named_map_parameters(student)
