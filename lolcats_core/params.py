@@ -63,8 +63,8 @@ class DataParams:
     `source`: ``builtin`` (the Python standard library's sources), a file, directory or glob of .jsonl, .parquet,
     .txt or .py files, or a Hugging Face dataset id with `revision`. `loss_on: completion` scores only the response of
     Alpaca and chat records. `packing`: ``concatenated`` as published, or ``documents`` (no token attends across).
-    `position_range`: training rows stand at random positions below it, so that a student that will read longer texts
-    has seen their positions; null: from 0 on, as published.
+    `position_range`: every other training row stands at random positions below it, so that a student that will read
+    longer texts has seen their positions; null: all from 0 on, as published.
     """
 
     source: str = "builtin"
