@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from lolcats_core import HybridCache, graphed_decoding, load_delta
 from lolcats_core.delta import DELTA
 from lolcats_core.errors import UserError
+from lolcats_core.evaluation.generation import end_tokens
 from lolcats_core.runtime import resolve_device, seed_everything
 from tasks.logs import quiet_progress_bars
 
@@ -41,15 +42,13 @@ class Generator:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} does not load as a model: {str(error).splitlines()[0]}") from error
         self.model = model.to(device).eval()
-        ends = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,
             "temperature": temperature if temperature > 0 else None,
             "top_k": None,
             "top_p": None,
-            "eos_token_id": sorted(ends) or None,
+            "eos_token_id": end_tokens(self.model, self.tokenizer) or None,
             "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
         }
         seed_everything(seed)

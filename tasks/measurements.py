@@ -251,9 +251,8 @@ class Measurements:
 
         def look() -> dict[str, Any]:
             teacher = self.models.get("teacher")
-            ends = getattr(teacher.generation_config, "eos_token_id", None)
-            found = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-            return {"context": getattr(teacher.config, "max_position_embeddings", None), "end": sorted(found)}
+            context = getattr(teacher.config, "max_position_embeddings", None)
+            return {"context": context, "end": generation.end_tokens(teacher, self.tokenizer)}
 
         return self.kept("teacher-facts", look)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandera.pandas as pa
 
-from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placement
+from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placement, Row
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import Raw, describe, raw_records
@@ -67,10 +67,10 @@ class Split:
         """Whether the bound on its tokens is reached."""
         return self.max_rows is not None and self.writer.rows >= self.max_rows
 
-    def _write(self, rows: Iterator[Mapping[str, np.ndarray]]) -> None:
+    def _write(self, rows: Iterator[Row]) -> None:
         for row in rows:
             if not self.full:
-                self.writer.append(**(dict(row) if self.place is None else self.place(dict(row))))
+                self.writer.append(**(self.place(row) if self.place else row))
 
     def add(self, tokens: list[int], targets: list[bool]) -> None:
         self._write(self.packer.add(tokens, targets))
@@ -111,8 +111,7 @@ def run(stage: Stage) -> Mapping[str, float]:
                 if by_document
                 else ConcatenatedPacker(data.sequence_length, completion_only)
             )
-            # Validation is at the positions that a text begins with.
-            below = data.position_range if name == "train" else None
+            below = _range(data, name)
             place = None if below is None else Placement(data.sequence_length, below)
             writer = TokenRowsWriter(
                 stage.out / name,
@@ -135,7 +134,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         _check_counts(data, counts, sides, stage.scratch / REJECTED)
     (stage.out / REJECTED).write_bytes((stage.scratch / REJECTED).read_bytes())
     for name in SPLITS:
-        _check_written(stage.out / name, data.position_range)
+        _check_written(stage.out / name, _range(data, name))
     metrics = _metrics(counts, sides)
     write_json(stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(pin))})
     for name, context in zip(SPLITS, ("training", "validation"), strict=True):
@@ -145,6 +144,11 @@ def run(stage: Stage) -> Mapping[str, float]:
             name, data.source + (f"@{data.revision}" if data.revision else ""), rows.digest, context, profile
         )
     return metrics
+
+
+def _range(data: DataParams, side: str) -> int | None:
+    """`position_range` of a side: validation is at the positions that a text begins with."""
+    return data.position_range if side == "train" else None
 
 
 def _check_bounds(data: DataParams) -> None:

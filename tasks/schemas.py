@@ -111,7 +111,8 @@ def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int, belo
     """Check one batch of packed rows.
 
     Args:
-        row: columns [n, L] of a `TokenRows` batch. below: of all positions; L by default.
+        row: columns [n, L] of a `TokenRows` batch.
+        below: where rows may begin anywhere, what all positions lie below; None: rows begin at 0.
 
     Raises:
         pandera.errors.SchemaError: ids outside the vocabulary, positions that neither go on nor start again, or a
@@ -125,7 +126,7 @@ def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int, belo
     }
     if "position_ids" in row:
         positions = row["position_ids"]
-        first = positions[:, :1]
+        first = positions[:, :1] if below else np.zeros_like(positions[:, :1])
         steps = np.diff(positions, axis=1, prepend=first - 1)
         frame["position_ids"] = positions.reshape(-1)
         frame["starts_or_goes_on"] = ((positions == first) | (steps == 1)).reshape(-1)

@@ -60,9 +60,9 @@ class LinearizedModel(PythonModel):
         import torch
 
         from lolcats_core import graphed_decoding
+        from lolcats_core.evaluation.generation import end_tokens, until_end
 
-        ends = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        ends = end_tokens(self.model, self.tokenizer)
         padding = self.tokenizer.pad_token_id
         padding = min(ends, default=0) if padding is None else padding
         longest = max(map(len, rows))
@@ -78,7 +78,7 @@ class LinearizedModel(PythonModel):
                 **({"do_sample": False} | sampling),
             )
         # A row that ends before the others is filled up behind its end.
-        written = [_until_end(row, ends) for row in out[:, longest:].tolist()]
+        written = [row[: len(until_end(row, ends)) + 1] for row in out[:, longest:].tolist()]
         return [str(text) for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
@@ -92,14 +92,6 @@ def batches(lengths: list[int]) -> list[list[int]]:
         else:
             found.append([place])
     return found
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to the first that ends a text, itself included."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: place + 1]
-    return tokens
 
 
 def _prompts(model_input: Any) -> Iterable[str]:

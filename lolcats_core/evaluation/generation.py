@@ -80,6 +80,12 @@ def cache_bytes(cache: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: the tokenizer's and those of the model's generation config, in order."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+
+
 def until_end(tokens: Sequence[int], end: Sequence[int]) -> list[int]:
     """The tokens before the first end token."""
     for place, token in enumerate(tokens):

@@ -25,7 +25,7 @@ class Calibration:
     Attributes:
         train: the rows that training will see, in order. validation: how many rows follow them.
         following: by the places of a batch (as bytes), those of the batch that this process reads after it.
-        packed: whether rows hold several documents, so that batches have position_ids.
+        positioned: whether batches have position_ids: rows hold several documents, or do not begin at 0.
     """
 
     rows: Rows
@@ -33,7 +33,7 @@ class Calibration:
     train: np.ndarray
     validation: int
     following: dict[bytes, np.ndarray]
-    packed: bool
+    positioned: bool
 
     @classmethod
     def plan(cls, rows: Rows, held_out: Rows, params: TransferParams, seed: int) -> Calibration:
@@ -57,8 +57,8 @@ class Calibration:
         return self.held_out.batch(places - len(self.train))
 
     def positions(self, places: np.ndarray) -> dict[str, Tensor]:
-        """position_ids [B, T] of packed rows; nothing of rows that are one document."""
-        found = self.batch(places) if self.packed else {}
+        """position_ids [B, T] of rows that have them; nothing of one document a row, from 0 on."""
+        found = self.batch(places) if self.positioned else {}
         return {name: value for name, value in found.items() if name == "position_ids"}
 
     def groups(self, places: range, size: int) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pandera.errors import SchemaError
 
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.data.sources import Raw
@@ -21,6 +22,7 @@ from lolcats_core.errors import UserError
 from lolcats_core.params import Params, params_from_dict
 from lolcats_core.teacher import TeacherPin
 from tasks import prepare
+from tasks.schemas import check_rows
 from tests.core.tiny import tiny_tokenizer
 
 LENGTH = 32
@@ -296,3 +298,13 @@ def test_the_standard_library_makes_the_demo_s_rows(tmp_path: Path) -> None:
     assert "import " in TOKENIZER.decode(
         TokenRows.open(stage.out / "train").batch(np.arange(200))["input_ids"].flatten()
     )
+
+
+def test_only_placed_rows_may_begin_elsewhere_than_at_0() -> None:
+    row = {"input_ids": np.zeros((2, 4), np.int64), "position_ids": np.array([[0, 1, 0, 1], [3, 4, 3, 4]])}
+    check_rows(row, 9, 4, below=8)
+    for below in (None, 4):  # not from 0 on; and beyond the range
+        with pytest.raises(SchemaError):
+            check_rows(row, 9, 4, below)
+    with pytest.raises(SchemaError):
+        check_rows({**row, "position_ids": np.array([[0, 1, 2, 3], [1, 2, 3, 3]])}, 9, 4)
