@@ -53,10 +53,10 @@ status: $(VENV)/.installed ## stages, runs and registered versions
 	@$(BIN)/lolcats status
 
 serve: $(VENV)/.installed ## Prefect server, worker and MLflow server on loopback, with the deployments of prefect.yaml
-	@$(BIN)/python -m tasks.services start
+	@$(BIN)/python -m tasks.operations.services start
 
 stop: $(VENV)/.installed ## end what `make serve` started
-	@$(BIN)/python -m tasks.services stop
+	@$(BIN)/python -m tasks.operations.services stop
 
 clean: ## remove outputs, resume state and worktrees; keep runs, registered models and DVC's cache
 	rm -rf outputs .scratch .worktrees reports/summary.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,17 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lolcats_core import ablation
-from lolcats_core.ablation import Budget, load_setting
-from lolcats_core.ablation_report import report_on, write_report
-from lolcats_core.config import LinearizeConfig
+from lolcats_common.errors import UserError
+from lolcats_common.files import sha256_json
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.locks import locked
+from lolcats_common.params import ComputeParams, FinetuneParams, Params, TeacherParams, TransferParams
+from lolcats_core.compute.device import resolve_device
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.errors import UserError
-from lolcats_core.files import sha256_json
-from lolcats_core.locks import locked
-from lolcats_core.params import ComputeParams, FinetuneParams, Params, TeacherParams, TransferParams
-from lolcats_core.runtime import resolve_device
-from lolcats_core.teacher import resolve_teacher, write_pin
+from lolcats_core.experiments import ablation
+from lolcats_core.experiments.ablation import Budget, load_setting
+from lolcats_core.experiments.ablation_report import report_on, write_report
+from lolcats_core.teacher.pin import resolve_teacher, write_pin
 
 logger = logging.getLogger(__name__)
 

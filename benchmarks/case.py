@@ -17,12 +17,12 @@ import torch
 import transformers
 
 from benchmarks.random_weights import SHAPES, write_random
-from lolcats_core import parallel
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.known_models import ModelShape
-from lolcats_core.params import ComputeParams, DataParams, FinetuneParams, Params, TransferParams
-from lolcats_core.plan import GPUS, plan
-from lolcats_core.runtime import resolve_device
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.params import ComputeParams, DataParams, FinetuneParams, Params, TransferParams
+from lolcats_core.compute import distributed
+from lolcats_core.compute.device import resolve_device
+from lolcats_core.estimation.cost import GPUS, plan
+from lolcats_core.estimation.shapes import ModelShape
 
 TOKENS = 20_000_000
 # Layers on the disk: what streamed stage 1 runs through, and what a whole model is made of by repeating them.
@@ -39,7 +39,7 @@ class Case:
     """
 
     def __init__(self, device: str, work: Path, *, tiny: bool = False, layers: int | None = None) -> None:
-        self.device = parallel.start(resolve_device(device))
+        self.device = distributed.start(resolve_device(device))
         self.work, self.tiny, self.layers = work, tiny, layers
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.settings = LinearizeConfig(feature_dim=16 if tiny else 64)
@@ -64,7 +64,7 @@ class Case:
         shape = self.shape(name)
         folder = self.work / f"weights-{shape.hidden}"
         held = layers or self.layers or LAYERS["tiny" if self.tiny else name]
-        if parallel.is_main():
+        if distributed.is_main():
             for other in self.work.glob("weights-*"):
                 if other != folder:
                     shutil.rmtree(other)
@@ -73,7 +73,7 @@ class Case:
             room = present + 0.9 * shutil.disk_usage(self.work).free - ends - buffer
             held = max(1, min(held, int(room // (shape.layer_parameters * self.dtype.itemsize))))
             write_random(replace(shape, layers=held), folder, self.device, self.dtype)
-        held = parallel.broadcast(held)
+        held = distributed.broadcast(held)
         return folder, replace(shape, layers=held)
 
     def params(self, length: int, rows: int, *, checkpointing: bool = False, **stages: dict[str, Any]) -> Params:
@@ -103,22 +103,22 @@ class Case:
         """Until the device and every process are done."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        parallel.barrier()
+        distributed.barrier()
 
     def peak(self) -> dict[str, float]:
         """GiB since `start` of the process that needed most: allocated, and held by torch's allocator."""
         if self.device.type != "cuda":
             return {"peak_gib": 0.0, "reserved_gib": 0.0}
         found = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
-        each = torch.zeros(parallel.world(), 2, dtype=torch.float64, device=self.device)
-        each[parallel.rank()] = torch.tensor(found, dtype=torch.float64)
-        most = (parallel.total(each).amax(0) / 2**30).tolist()
+        each = torch.zeros(distributed.world(), 2, dtype=torch.float64, device=self.device)
+        each[distributed.rank()] = torch.tensor(found, dtype=torch.float64)
+        most = (distributed.total(each).amax(0) / 2**30).tolist()
         return {"peak_gib": round(most[0], 2), "reserved_gib": round(most[1], 2)}
 
     def versions(self) -> dict[str, Any]:
         """Where and with what a row was measured."""
         return {
-            "gpus": parallel.world(),
+            "gpus": distributed.world(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -135,7 +135,7 @@ def beside_plan(params: Params, shape: ModelShape, whole: ModelShape, stage: str
     known = next((gpu for gpu in GPUS if gpu in name), None)
 
     def choice(shape: ModelShape) -> Any:
-        choices = plan(params, shape, TOKENS, parallel.world(), known or "h200")
+        choices = plan(params, shape, TOKENS, distributed.world(), known or "h200")
         return next(c for c in choices if (c.stage, c.mode) == (stage, mode))
 
     hours = round(choice(whole).seconds / 3600, 2) if known else None
@@ -154,7 +154,7 @@ def launch(module: str, name: str, arguments: list[str], *, work: Path, limit: f
     seconds; what went wrong instead where it did."""
     row, log = work / f"{name}.json", work / f"{name}.log"
     row.unlink(missing_ok=True)
-    run = parallel.torchrun(gpus) if gpus > 1 else []
+    run = distributed.torchrun(gpus) if gpus > 1 else []
     own = ["--case", name, "--row", str(row), "--work", str(work)]
     begin = time.perf_counter()
     with log.open("wb") as output:
@@ -163,7 +163,7 @@ def launch(module: str, name: str, arguments: list[str], *, work: Path, limit: f
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=parallel.threads(gpus),
+            env=distributed.threads(gpus),
         )
         try:
             process.wait(limit)

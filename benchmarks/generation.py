@@ -36,11 +36,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from benchmarks.stages import build
 from benchmarks.timing import quantiles, write_csv
-from lolcats_core.cache import HybridCache, HybridLayer
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.decode_graph import graphed_decoding
-from lolcats_core.known_models import KNOWN_MODELS, ModelShape
-from lolcats_core.modeling import feature_maps, linearize
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
+from lolcats_core.model.decoding.decode_graph import graphed_decoding
+from lolcats_core.model.modeling import feature_maps, linearize
 from lolcats_kernels.hybrid_attention import empty_state, feature_count
 
 logger = logging.getLogger(__name__)

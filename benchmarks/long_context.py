@@ -29,10 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lolcats_core.cache import HybridCache
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.modeling import linearize
-from lolcats_core.runtime import resolve_device, resolve_dtype
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_core.model.decoding.cache import HybridCache
+from lolcats_core.model.modeling import linearize
 
 logger = logging.getLogger(__name__)
 MIB = 2**20

@@ -34,15 +34,15 @@ from typing import Any
 from benchmarks.case import Case, beside_plan, keep_logs, launch
 from benchmarks.random_weights import RandomRows, Repeated
 from benchmarks.stages import llama_config
-from lolcats_core import parallel
-from lolcats_core.doctor import FITS, device_memory
-from lolcats_core.files import write_json
-from lolcats_core.finetune import low_rank_finetune
-from lolcats_core.loading import load_student
-from lolcats_core.params import Params
-from lolcats_core.streaming.transfer import streamed_attention_transfer
-from lolcats_core.training import TrainResult
-from lolcats_core.transfer import attention_transfer
+from lolcats_common.files import write_json
+from lolcats_common.params import Params
+from lolcats_core.compute import distributed
+from lolcats_core.estimation.doctor import FITS, device_memory
+from lolcats_core.streaming.load_student import load_student
+from lolcats_core.training.attention_transfer import attention_transfer
+from lolcats_core.training.loop import TrainResult
+from lolcats_core.training.low_rank_finetune import low_rank_finetune
+from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 
 logger = logging.getLogger(__name__)
 # Relative difference of losses that one and several processes may have: sums in another order, in bf16.
@@ -74,9 +74,9 @@ def speed(result: TrainResult) -> float:
 
 def settings_of(case: Case, options: argparse.Namespace, **changes: Any) -> Params:
     """Parameters of steps of `--micro` rows times `--gpus`, in micro-batches of `--micro` rows for each process."""
-    passes = options.gpus // parallel.world()
+    passes = options.gpus // distributed.world()
     steps = {"gradient_accumulation": passes, "epochs": 1, "log_every": 1, **changes}
-    return case.params(options.length, options.micro * parallel.world(), transfer=steps, finetune=steps)
+    return case.params(options.length, options.micro * distributed.world(), transfer=steps, finetune=steps)
 
 
 def rows_of(case: Case, options: argparse.Namespace, steps: int) -> tuple[RandomRows, RandomRows]:
@@ -89,11 +89,11 @@ def whole_model(case: Case, options: argparse.Namespace) -> dict[str, dict[str, 
     """Joint stage 1, then stage 2 of the same student."""
     rows, held_out = rows_of(case, options, STEPS)
     folder, held = case.weights("8b", 0)
-    params, shape, scratch = settings_of(case, options), case.whole("8b"), case.scratch(f"whole-{parallel.world()}")
+    params, shape, scratch = settings_of(case, options), case.whole("8b"), case.scratch(f"whole-{distributed.world()}")
     student = load_student(
         Repeated(folder, held.layers), llama_config(shape), case.settings, device=case.device, dtype=case.dtype
     )
-    several = parallel.world() > 1
+    several = distributed.world() > 1
 
     def measured(stage: str, mode: str, run: Callable[[], TrainResult]) -> dict[str, Any]:
         case.start()
@@ -130,7 +130,7 @@ def layer_by_layer(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             data,
             held_out,
             params.transfer,
-            scratch=case.scratch(f"streamed-{parallel.world()}-{number}"),
+            scratch=case.scratch(f"streamed-{distributed.world()}-{number}"),
             device=case.device,
             dtype=case.dtype,
         )
@@ -179,7 +179,7 @@ def resume(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def large(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Steps of stage 2 at 70B with gradient checkpointing, the base divided."""
     folder, held = case.weights("70b", 0, layers=1)
-    whole, world = case.whole("70b"), parallel.world()
+    whole, world = case.whole("70b"), distributed.world()
     params = case.params(
         options.length, world, checkpointing=True, finetune={"epochs": 1, "log_every": 1, "max_steps": 4}
     )
@@ -223,9 +223,9 @@ def run_case(options: argparse.Namespace) -> None:
     """Measure one case in this process (of several under torchrun); rank 0 writes its row."""
     case = Case(options.device, options.work, tiny=options.tiny, layers=options.layers)
     row = {**CASES[options.case.partition("-")[0]](case, options), **case.versions()}
-    if parallel.is_main():
+    if distributed.is_main():
         write_json(options.row, {"case": options.case, **row})
-    parallel.finish()
+    distributed.finish()
 
 
 def judged(name: str, found: Any, expected: Any, **facts: Any) -> dict[str, Any]:

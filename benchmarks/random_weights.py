@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.stages import llama_config
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.files import write_json
-from lolcats_core.known_models import KNOWN_MODELS, ModelShape
-from lolcats_core.modeling import empty_student
+from lolcats_common.files import write_json
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.streaming.weights import WeightFiles
-from lolcats_core.teacher_files import INDEX
+from lolcats_core.teacher.checks import INDEX
 
 SHAPES = {
     "8b": KNOWN_MODELS["meta-llama/Llama-3.1-8B"],

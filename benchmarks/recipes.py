@@ -23,13 +23,13 @@ from typing import Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_json
+from lolcats_common.machine import device_tags, versions
+from lolcats_common.params import read_yaml
+from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.errors import UserError
-from lolcats_core.files import write_json
-from lolcats_core.machine import device_tags, versions
-from lolcats_core.params import read_yaml
-from lolcats_core.recipes import Bench, Measures, Recipe, exclude_ids, run
-from lolcats_core.runtime import resolve_device, resolve_dtype
+from lolcats_core.experiments.recipes import Bench, Measures, Recipe, exclude_ids, run
 
 logger = logging.getLogger(__name__)
 TOKEN_LIMIT = 10_000_000

@@ -37,19 +37,19 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.case import TOKENS, Case, beside_plan, held_against_plan, keep_logs, launch
 from benchmarks.random_weights import SHAPES, RandomRows, Repeated, write_random
 from benchmarks.stages import check, llama_config
-from lolcats_core import parallel
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.files import write_json
-from lolcats_core.finetune import add_lora, next_token_loss
-from lolcats_core.loading import load_student
-from lolcats_core.modeling import named_map_parameters
-from lolcats_core.params import TransferParams
-from lolcats_core.runtime import resolve_device
-from lolcats_core.segments import offloaded, segmented_loss
+from lolcats_common.files import write_json
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.params import TransferParams
+from lolcats_core.compute import distributed
+from lolcats_core.compute.device import resolve_device
+from lolcats_core.model.modeling import named_map_parameters
+from lolcats_core.streaming.load_student import load_student
 from lolcats_core.streaming.stopwatch import Stopwatch
-from lolcats_core.streaming.transfer import streamed_attention_transfer
-from lolcats_core.training import total_steps
-from lolcats_core.transfer import attention_transfer
+from lolcats_core.training.attention_transfer import attention_transfer
+from lolcats_core.training.loop import total_steps
+from lolcats_core.training.low_rank_finetune import add_lora, next_token_loss
+from lolcats_core.training.segments import offloaded, segmented_loss
+from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of the maps' norm, streamed against joint in float32
@@ -266,7 +266,7 @@ def run_case(options: argparse.Namespace) -> None:
     case = Case(options.device, options.work, tiny=options.tiny, layers=options.layers)
     row = CASES[options.case](case, options)
     write_json(options.row, {"case": options.case, **row, **case.versions()})
-    parallel.finish()
+    distributed.finish()
 
 
 def run_checks(options: argparse.Namespace) -> dict[str, float]:

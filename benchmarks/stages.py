@@ -24,14 +24,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.doctor import flops_per_token, matmul_rate, train_memory
-from lolcats_core.finetune import add_lora, next_token_loss
-from lolcats_core.known_models import KNOWN_MODELS, ModelShape
-from lolcats_core.modeling import linearize
-from lolcats_core.params import ComputeParams, DataParams, FinetuneParams, Params, TransferParams
-from lolcats_core.runtime import resolve_device
-from lolcats_core.transfer import transfer_losses
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.params import ComputeParams, DataParams, FinetuneParams, Params, TransferParams
+from lolcats_core.compute.device import resolve_device
+from lolcats_core.estimation.doctor import flops_per_token, matmul_rate, train_memory
+from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.model.modeling import linearize
+from lolcats_core.training.attention_transfer import transfer_losses
+from lolcats_core.training.low_rank_finetune import add_lora, next_token_loss
 from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_attention_naive
 
 logger = logging.getLogger(__name__)

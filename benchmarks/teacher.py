@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lolcats_common.errors import UserError
 from lolcats_core.data.rows import TokenRowsWriter
-from lolcats_core.errors import UserError
-from lolcats_core.pretrain import prepare_data, pretrain, summary
-from lolcats_core.pretrain_config import config_from_arguments
-from lolcats_core.pretrain_data import ArrayRows
+from lolcats_core.pretraining.config import config_from_arguments
+from lolcats_core.pretraining.data import ArrayRows
+from lolcats_core.pretraining.pretrain import prepare_data, pretrain, summary
 
 logger = logging.getLogger(__name__)
 SHAPES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tasks.project import find_root
+from lolcats_common.project import find_root
 
 
 def project_root() -> Path:

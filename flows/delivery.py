@@ -14,11 +14,11 @@ from prefect.exceptions import PrefectException
 from prefect.states import State
 from prefect.tasks import exponential_backoff
 
-from lolcats_core.errors import Unavailable
-from lolcats_core.params import GatesParams, Params
-from tasks import promotion, registry
-from tasks.gates import GateReport
-from tasks.tracking import first_line
+from lolcats_common.errors import Unavailable
+from lolcats_common.params import GatesParams, Params
+from tasks.registry import promotion, register
+from tasks.registry.gates import GateReport
+from tasks.runner.mlflow_run import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ def show(page: str, key: str, description: str) -> None:
 
 
 @task(name="register", task_run_name="register", **PATIENT)
-def register_model(root: Path, params: Params, run_id: str) -> registry.RegisteredVersion:
+def register_model(root: Path, params: Params, run_id: str) -> register.RegisteredVersion:
     """Register the finetuned model unless this very model is registered already."""
-    return registry.register(root, params, run_id)
+    return register.register(root, params, run_id)
 
 
 @task(name="gates", task_run_name="gates", **PATIENT)

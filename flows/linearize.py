@@ -17,50 +17,52 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
-from lolcats_core.machine import device_tags
-from lolcats_core.params import Params, load_params
-from tasks import experiment, graph, promotion, summary
-from tasks.promotion import CHAMPION
-from tasks.stage import raise_terminated
-from tasks.tracking import PARENT_VARIABLE, Run, close_abandoned, first_line
+from lolcats_common.machine import device_tags
+from lolcats_common.params import Params, load_params
+from tasks.registry import promotion
+from tasks.registry.promotion import CHAMPION
+from tasks.reporting import summary
+from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, first_line
+from tasks.runner.stage import raise_terminated
+from tasks.versioning import dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
 
 
 @task(cache_policy=NO_CACHE)
-def _run_stage(stage: str, root: Path, environment: dict[str, str]) -> graph.Reproduced:
+def _run_stage(stage: str, root: Path, environment: dict[str, str]) -> dvc_graph.Reproduced:
     """Bring one stage up to date; its output goes to the terminal, or to the flow's log where that is read."""
     log = get_run_logger()
     on_line = log.info if log.isEnabledFor(logging.INFO) else None
-    return graph.repro(stage, root, environment, on_line)
+    return dvc_graph.repro(stage, root, environment, on_line)
 
 
-def stage_tasks(root: Path) -> dict[str, Task[..., graph.Reproduced]]:
+def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
     """One Prefect task per stage of dvc.yaml, by name, in topological order."""
-    return {name: _run_stage.with_options(name=name, task_run_name=name) for name in graph.stages(root)}
+    return {name: _run_stage.with_options(name=name, task_run_name=name) for name in dvc_graph.stages(root)}
 
 
 @flow(name="linearize", validate_parameters=False)
 def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 
-    Overrides run in a worktree of their own (`tasks.experiment`) and end as a DVC experiment. Returns the summary that
-    reports/summary.json holds.
+    Overrides run in a worktree of their own (`tasks.versioning.worktrees`) and end as a DVC experiment. Returns the
+    summary that reports/summary.json holds.
 
     Raises:
         UserError: parameters are wrong, a stage failed, or the model could not be registered.
     """
     root = project_root()
     if runtime.deployment.id:
-        experiment.confine(root, set)
-    chosen = experiment.prepare(root, preset, set) if preset or set else None
+        worktrees.confine(root, set)
+    chosen = worktrees.prepare(root, preset, set) if preset or set else None
     return pipeline(root, "linearize", chosen, register=register)
 
 
 def pipeline(
     root: Path,
     name: str,
-    chosen: experiment.Experiment | None,
+    chosen: worktrees.Experiment | None,
     *,
     register: bool = True,
     promote: bool = False,
@@ -83,7 +85,7 @@ def pipeline(
             stage(name, work, {**environment, PARENT_VARIABLE: parent.id}) for name, stage in stage_tasks(work).items()
         ]
         if chosen:
-            experiment.save(chosen)
+            worktrees.save(chosen)
         version = register_model(work, params, parent.id) if register else None
         gates = None
         if version:
@@ -104,7 +106,7 @@ def pipeline(
 
 
 @contextmanager
-def _parent_run(root: Path, name: str, params: Params, chosen: experiment.Experiment | None) -> Iterator[Run]:
+def _parent_run(root: Path, name: str, params: Params, chosen: worktrees.Experiment | None) -> Iterator[Run]:
     """The MLflow run that the stages' runs hang from; ends as FAILED or KILLED where the block does not end well."""
     tags = device_tags() | ({"dvc.experiment": chosen.name} if chosen else {})
     parent = Run.start(root, name, params=params, tags=tags)

@@ -11,10 +11,11 @@ from prefect.states import Completed
 from flows import project_root
 from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
-from lolcats_core.errors import UserError
-from lolcats_core.params import load_params
-from tasks import drift as drifting
-from tasks import experiment, relinearization
+from lolcats_common.errors import UserError
+from lolcats_common.params import load_params
+from tasks.operations import drift as drifting
+from tasks.operations import relinearization
+from tasks.versioning import worktrees
 
 DRIFT_EVENT = "lolcats.drift"
 RESTARTS = 10  # in a row, each after a crash
@@ -40,7 +41,7 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, re
     if restarts > RESTARTS:
         raise UserError(f"given up after {RESTARTS} restarts, each of which crashed; look at them and start it by hand")
     if runtime.deployment.id:
-        experiment.confine(root, set)
+        worktrees.confine(root, set)
     chosen = _prepare(root, preset, set)
     found = _changes(root, chosen)
     if not found:

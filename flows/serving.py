@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows import project_root
 from flows.delivery import promote_version, roll_back
-from lolcats_core.params import load_params
-from tasks.promotion import CHALLENGER
+from lolcats_common.params import load_params
+from tasks.registry.promotion import CHALLENGER
 
 
 @flow(name="promote")

@@ -3,13 +3,13 @@
 Importing this package registers the linearized model types with transformers' Auto classes.
 """
 
-from lolcats_core.cache import HybridCache
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.decode_graph import graphed_decoding
-from lolcats_core.delta import load_delta, save_delta
-from lolcats_core.finetune import low_rank_finetune
-from lolcats_core.modeling import linearize, load_feature_maps, save_feature_maps, supported_architectures
-from lolcats_core.transfer import attention_transfer
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.export.delta import load_delta, save_delta
+from lolcats_core.model.decoding.cache import HybridCache
+from lolcats_core.model.decoding.decode_graph import graphed_decoding
+from lolcats_core.model.modeling import linearize, load_feature_maps, save_feature_maps, supported_architectures
+from lolcats_core.training.attention_transfer import attention_transfer
+from lolcats_core.training.low_rank_finetune import low_rank_finetune
 
 __all__ = [
     "HybridCache",

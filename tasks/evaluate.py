@@ -1,8 +1,8 @@
 """Stage `evaluate`: the student beside its teacher, in what a user would lose.
 
 Perplexity at each step, copying recall, lm-eval tasks, loss by position, writing, an audit of the student.
-Each finished measurement is kept (`tasks.measurements`), so a killed evaluation continues after the last one. Of models
-that do not fit the device only perplexity is measured, layer by layer (`tasks.streamed_models`).
+Each finished measurement is kept (`tasks.measurements.suite`), so a killed evaluation continues after the last one. Of
+models that do not fit the device only perplexity is measured, layer by layer (`tasks.measurements.streamed_models`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lolcats_common.files import write_json, write_text
 from lolcats_core.evaluation import generation, synthetic
 from lolcats_core.evaluation.harness import lm_eval_version
 from lolcats_core.evaluation.paired import loss_comparison, paired_comparison, recovery
-from lolcats_core.files import write_json, write_text
-from tasks.evaluation_figures import MODELS, perplexity_figure, recall_figure, tasks_figure
-from tasks.measurements import Measurements
-from tasks.stage import Stage, main
+from tasks.measurements.suite import Measurements
+from tasks.reporting.evaluation_figures import MODELS, perplexity_figure, recall_figure, tasks_figure
+from tasks.runner.stage import Stage, main
 
 STEPS = ("teacher", "swapped", "transferred", "finetuned")
 # The steps whose model the audit looks into.

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from lolcats_core import linearize, load_feature_maps, low_rank_finetune, parallel, save_delta
-from lolcats_core.finetune import check_target_modules
-from lolcats_core.loading import load_student
-from lolcats_core.merging import base_fingerprint, save_merged
-from lolcats_core.runtime import resolve_dtype
+from lolcats_core import linearize, load_feature_maps, low_rank_finetune, save_delta
+from lolcats_core.compute import distributed
+from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.export.merging import base_fingerprint, save_merged
+from lolcats_core.streaming.load_student import load_student
 from lolcats_core.streaming.weights import WeightFiles
-from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin, verified_folder
-from tasks.figures import loss_figure
-from tasks.stage import Stage, main
-from tasks.training_outputs import open_rows, selected, training_metrics, write_history
+from lolcats_core.teacher.pin import load_teacher, load_tokenizer, read_pin, verified_folder
+from lolcats_core.training.low_rank_finetune import check_target_modules
+from tasks.reporting.figures import loss_figure
+from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
+from tasks.runner.stage import Stage, main
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,7 +32,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     settings, maps = selected(stage)
     pin = read_pin(stage.input("teacher"))
     # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
-    by_layer = params.finetune.quantize_base or parallel.world() > 1
+    by_layer = params.finetune.quantize_base or distributed.world() > 1
     if by_layer:
         folder = verified_folder(stage.input("teacher"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=pin.trust_remote_code)
@@ -68,12 +69,12 @@ def run(stage: Stage) -> Mapping[str, float]:
 
 def _write_from_files(stage: Stage, adapted: PeftModel, files: WeightFiles, dtype: torch.dtype) -> None:
     """adapter/ and model/ where the base in memory is not the teacher's own."""
-    if parallel.is_main():
+    if distributed.is_main():
         weights = base_fingerprint(adapted.get_base_model(), files, dtype)
         save_delta(adapted, stage.out / "adapter", read_pin(stage.input("teacher")), weights)
         save_merged(adapted, files, dtype, stage.out / "model")
     files.close()
-    parallel.barrier()
+    distributed.barrier()
 
 
 if __name__ == "__main__":

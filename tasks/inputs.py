@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+from lolcats_common.files import atomic_directory, sha256_file, write_json
+from lolcats_common.params import load_params
 from lolcats_core.data import sources
-from lolcats_core.files import atomic_directory, sha256_file, write_json
-from lolcats_core.params import load_params
-from lolcats_core.teacher import describe as describe_teacher
-from tasks.logs import setup_logging
-from tasks.stage import guarded
+from lolcats_core.teacher.pin import describe as describe_teacher
+from tasks.runner.logs import setup_logging
+from tasks.runner.stage import guarded
 
 MEMORY = Path(".scratch") / "hashes.json"
 

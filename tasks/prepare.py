@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pandera.pandas as pa
 
+from lolcats_common.errors import UserError
+from lolcats_common.files import sha256_json, write_json
+from lolcats_common.params import DataParams
+from lolcats_common.progress import progress
 from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placement, Row
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import Raw, describe, raw_records
-from lolcats_core.errors import UserError
-from lolcats_core.files import sha256_json, write_json
-from lolcats_core.params import DataParams
-from lolcats_core.progress import progress
-from lolcats_core.teacher import load_tokenizer, read_pin
-from tasks.schemas import check_rows, rejected_records
-from tasks.stage import Stage, main
+from lolcats_core.teacher.pin import load_tokenizer, read_pin
+from tasks.runner.record_schemas import check_rows, rejected_records
+from tasks.runner.stage import Stage, main
 
 REJECTED = "rejected.jsonl"
 BATCH_RECORDS, BATCH_BYTES = 1000, 2_000_000  # what is held and tokenized at a time, whichever is reached first

@@ -10,13 +10,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lolcats_core.errors import UserError
-from lolcats_core.files import write_json, write_text
-from tasks import report_figures as figures
-from tasks.evaluation_figures import MODELS, perplexity_figure, recall_figure
-from tasks.figures import layer_figure, loss_figure, selection_figure
-from tasks.report_html import STEPS, Facts, page
-from tasks.stage import Stage, main
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_json, write_text
+from tasks.reporting import report_figures as figures
+from tasks.reporting.evaluation_figures import MODELS, perplexity_figure, recall_figure
+from tasks.reporting.figures import layer_figure, loss_figure, selection_figure
+from tasks.reporting.report_html import STEPS, Facts, page
+from tasks.runner.stage import Stage, main
 
 STAGES = ("teacher", "prepare", "transfer", "select", "finetune", "evaluate")
 

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoConfig
 
+from lolcats_common.files import write_json
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core import linearize, load_feature_maps
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.evaluation.forward import rows_per_forward
-from lolcats_core.files import write_json
-from lolcats_core.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
-from lolcats_core.runtime import resolve_dtype
-from lolcats_core.selection import NEEDS_MODEL, Divergence, select, student_divergence
-from lolcats_core.teacher import load_teacher, locate, read_pin
-from tasks.figures import selection_figure
-from tasks.stage import Stage, main
-from tasks.training_outputs import MAPS, open_rows
+from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.model.forward import rows_per_forward
+from lolcats_core.model.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.teacher.pin import load_teacher, locate, read_pin
+from lolcats_core.training.selection import NEEDS_MODEL, Divergence, select, student_divergence
+from tasks.reporting.figures import selection_figure
+from tasks.runner.artifacts import MAPS, open_rows
+from tasks.runner.stage import Stage, main
 
 
 def run(stage: Stage) -> Mapping[str, float]:

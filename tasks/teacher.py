@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lolcats_core.teacher import resolve_teacher, write_pin
-from tasks.stage import Stage, main
+from lolcats_core.teacher.pin import resolve_teacher, write_pin
+from tasks.runner.stage import Stage, main
 
 
 def run(stage: Stage) -> Mapping[str, float]:

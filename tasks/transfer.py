@@ -7,19 +7,20 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoConfig
 
-from lolcats_core import attention_transfer, linearize, parallel
-from lolcats_core.files import write_json
-from lolcats_core.loading import load_student
-from lolcats_core.modeling import empty_student, named_map_parameters, write_feature_maps
-from lolcats_core.runtime import resolve_dtype
-from lolcats_core.streaming.transfer import streamed_attention_transfer
-from lolcats_core.teacher import load_teacher, locate, read_pin, verified_folder
-from lolcats_core.training import TrainResult
-from lolcats_core.transfer import head_errors
-from tasks import preflight
-from tasks.figures import layer_figure, loss_figure
-from tasks.stage import Stage, main
-from tasks.training_outputs import MAPS, open_rows, training_metrics, write_history
+from lolcats_common.files import write_json
+from lolcats_core import attention_transfer, linearize
+from lolcats_core.compute import distributed
+from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.model.modeling import empty_student, named_map_parameters, write_feature_maps
+from lolcats_core.streaming.load_student import load_student
+from lolcats_core.teacher.pin import load_teacher, locate, read_pin, verified_folder
+from lolcats_core.training.attention_transfer import head_errors
+from lolcats_core.training.loop import TrainResult
+from lolcats_core.training.streamed_transfer import streamed_attention_transfer
+from tasks.reporting.figures import layer_figure, loss_figure
+from tasks.runner import preflight
+from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
+from tasks.runner.stage import Stage, main
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -54,7 +55,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         for entry in result.history:
             stage.log_metrics({k: v for k, v in entry.items() if k.endswith("_loss")}, int(entry["step"]))
     else:
-        if parallel.world() > 1:
+        if distributed.world() > 1:
             folder = verified_folder(stage.input("teacher"))
             student = load_student(folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed)
         else:

@@ -76,12 +76,12 @@ package = types.ModuleType("lolcats_core")
 package.__path__ = importlib.util.find_spec("lolcats_core").submodule_search_locations
 sys.modules["lolcats_core"] = package
 
-from tasks.stage import main
+from tasks.runner.stage import main
 
 name = sys.argv.pop(1)
 
 def run(stage):
-    from lolcats_core.errors import UserError
+    from lolcats_common.errors import UserError
     if stage.params.seed == 13:
         raise UserError("`seed` 13 brings bad luck; take another")
     step_file = stage.scratch / "step.txt"
@@ -155,7 +155,7 @@ def run_git(root: Path, *arguments: str) -> str:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database with its tables and nothing in them; making one takes seconds."""
-    from tasks.tracking import connect
+    from tasks.runner.mlflow_run import connect
 
     root = tmp_path_factory.mktemp("store")
     connect(root)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.chunked import chunked_forward, fold_state
-from lolcats_kernels.hybrid_attention.feature_map import FEATURE_MAPS
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.feature_maps import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.naive import hybrid_attention_naive
 from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
 from lolcats_kernels.hybrid_attention.recurrent import decode_step
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState, fill_ring, folded_tokens, ring_slots
 
 logger = logging.getLogger(__name__)

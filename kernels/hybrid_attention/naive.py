@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map
+from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
 
 # Keeps pure linear attention (no window, hence no gamma in the denominator) from dividing by zero; method.md, 1.
 NO_WINDOW_EPSILON = 1e-12

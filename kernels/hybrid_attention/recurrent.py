@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.feature_map import apply_feature_map
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_scores
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState, folded_tokens
 
 

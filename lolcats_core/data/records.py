@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 
 Shape = Literal["text", "alpaca", "messages"]
 PROMPT_WITH_INPUT = (

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from lolcats_core.errors import UserError
-from lolcats_core.files import atomic_directory, sha256_file, write_json
+from lolcats_common.errors import UserError
+from lolcats_common.files import atomic_directory, sha256_file, write_json
 
 HEADER = "rows.json"
 COLUMNS = ("input_ids", "position_ids", "loss_mask")

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lolcats_core.errors import UserError
-from lolcats_core.files import sha256_file
-from lolcats_core.params import DataParams
+from lolcats_common.errors import UserError
+from lolcats_common.files import sha256_file
+from lolcats_common.params import DataParams
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)

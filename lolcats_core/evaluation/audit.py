@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lolcats_core import transfer
-from lolcats_core.branches import Branch, without_branch
-from lolcats_core.errors import UserError
-from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
-from lolcats_core.evaluation.perplexity import perplexity
-from lolcats_core.feature_maps import FeatureMaps, Scores
-from lolcats_core.modeling import attention_layers
-from lolcats_core.training import Rows
+from lolcats_common.errors import UserError
+from lolcats_core.model.branches import Branch, without_branch
+from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.model.forward import causal_logits, evaluating, model_device
+from lolcats_core.model.modeling import attention_layers
+from lolcats_core.training import attention_transfer
+from lolcats_core.training.loop import Rows
+from lolcats_core.training.perplexity import perplexity
 from lolcats_kernels.hybrid_attention import hybrid_weights, window_scores
 from lolcats_kernels.hybrid_attention.naive import window_mask
 
@@ -209,7 +209,7 @@ def head_errors(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
         By layer, one value per linearized query head.
     """
     with evaluating(student):
-        found = transfer.head_errors(student, rows, max_rows, batch_size=1)
+        found = attention_transfer.head_errors(student, rows, max_rows, batch_size=1)
     return {
         str(layer): [error / max(power, 1e-12) for error, power in zip(each["error"], each["power"], strict=True)]
         for layer, each in found.items()

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import yaml
 
-from lolcats_core.errors import UserError
-from lolcats_core.files import write_text
-from lolcats_core.training import Rows
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_text
+from lolcats_core.training.loop import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

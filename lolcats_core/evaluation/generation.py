@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lolcats_core.cache import HybridCache
-from lolcats_core.evaluation.forward import evaluating, model_device
 from lolcats_core.evaluation.recall import mean_and_stderr
-from lolcats_core.training import Rows
+from lolcats_core.model.decoding.cache import HybridCache
+from lolcats_core.model.forward import evaluating, model_device
+from lolcats_core.training.loop import Rows
 
 NGRAM = 4
 

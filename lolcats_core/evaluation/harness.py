@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
+from lolcats_common.progress import Progress, progress
 from lolcats_core.evaluation.recall import mean_and_stderr
-from lolcats_core.progress import Progress, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device
-from lolcats_core.evaluation.perplexity import next_token_targets
-from lolcats_core.training import Rows
+from lolcats_core.model.forward import causal_logits, evaluating, model_device
+from lolcats_core.training.loop import Rows
+from lolcats_core.training.perplexity import next_token_targets
 
 FIRST_BUCKET = 64
 # Positions whose logits are turned to fp32 at a time.

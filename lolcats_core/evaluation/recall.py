@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lolcats_core.errors import UserError
-from lolcats_core.evaluation.forward import causal_logits, evaluating, model_device, rows_per_forward
+from lolcats_common.errors import UserError
+from lolcats_core.model.forward import causal_logits, evaluating, model_device, rows_per_forward
 
 # The first tokens of the second copy cannot be known: nothing has yet said that a copy began, or where.
 SKIPPED = 4

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from lolcats_core.files import sha256_file, sha256_json, write_json
+from lolcats_common.files import sha256_file, sha256_json, write_json
 
 logger = logging.getLogger(__name__)
 PROJECT = Path(__file__).parents[2]

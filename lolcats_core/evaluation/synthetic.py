@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_text
 from lolcats_core.evaluation.recall import mean_and_stderr
-from lolcats_core.files import write_text
-from lolcats_core.training import Rows
+from lolcats_core.training.loop import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.streaming.copies import Reader, Writer, page_lock
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.streaming.copies import worker
-from lolcats_core.teacher_files import weight_files
+from lolcats_core.teacher.checks import weight_files
 
 M = TypeVar("M", bound=PreTrainedModel)
 # Names in checkpoints that transformers' modules no longer have (GPT-NeoX).

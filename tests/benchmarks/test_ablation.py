@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, teacher
-from lolcats_core import corpus, pretrain
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.pretrain_data import ArrayRows
-from tests.core.test_corpus import code, install
+from lolcats_core.pretraining import corpus, pretrain
+from lolcats_core.pretraining.data import ArrayRows
+from tests.core.pretraining.test_corpus import code, install
 
 ROOT = Path(__file__).parents[2]
 TINY = "--layers 2 --hidden-size 32 --heads 2 --kv-heads 1 --intermediate-size 32 --vocab-size 300 --batch-rows 2"
@@ -79,6 +79,7 @@ def test_neither_needs_what_a_gpu_machine_may_lack() -> None:
     absent = ("mlflow", "prefect", "dvc", "datasets", "lm_eval", "pydantic", "pandera", "tasks", "flows")
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
-        "import benchmarks.teacher, benchmarks.ablation, lolcats_core.finetune, lolcats_core.modeling"
+        "import benchmarks.teacher, benchmarks.ablation\n"
+        "import lolcats_core.training.low_rank_finetune, lolcats_core.model.modeling"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from benchmarks import recipes as benchmark
+from lolcats_common.errors import UserError
+from lolcats_common.params import FinetuneParams, LinearizeConfig, TransferParams
 from lolcats_core.data.rows import TokenRowsWriter
-from lolcats_core.errors import UserError
-from lolcats_core.params import FinetuneParams, LinearizeConfig, TransferParams
-from lolcats_core.selection import budget_count, candidates
+from lolcats_core.training.selection import budget_count, candidates
 from tests.core.tiny import VOCAB, tiny_teacher, tokens
 
 SHIPPED = Path(benchmark.__file__).with_suffix(".yaml")

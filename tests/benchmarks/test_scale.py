@@ -18,7 +18,7 @@ from benchmarks import parallel, scale
 from benchmarks.case import Case, beside_plan, held_against_plan, launch
 from benchmarks.random_weights import SHAPES, Repeated, write_random
 from benchmarks.scale import check_streamed, run_case
-from lolcats_core.plan import plan
+from lolcats_core.estimation.cost import plan
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from lolcats_core import parallel
-from lolcats_core.delta import fingerprint
-from lolcats_core.finetune import low_rank_finetune
-from lolcats_core.loading import load_student
-from lolcats_core.merging import base_fingerprint, save_merged
-from lolcats_core.modeling import named_map_parameters
-from lolcats_core.params import FinetuneParams, TransferParams
-from lolcats_core.streaming.transfer import streamed_attention_transfer
+from lolcats_common.params import FinetuneParams, TransferParams
+from lolcats_core.compute import distributed
+from lolcats_core.export.delta import fingerprint
+from lolcats_core.export.merging import base_fingerprint, save_merged
+from lolcats_core.model.modeling import named_map_parameters
+from lolcats_core.streaming.load_student import load_student
 from lolcats_core.streaming.weights import WeightFiles
-from lolcats_core.transfer import attention_transfer
+from lolcats_core.training.attention_transfer import attention_transfer
+from lolcats_core.training.low_rank_finetune import low_rank_finetune
+from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 from tests.core.tiny import SETTINGS, FakeRows
 
 # Six rows in a step: not a multiple of four processes.
@@ -43,14 +43,14 @@ class MaskedRows(FakeRows):
 
 
 def main(work: Path, dies_in: str = "") -> None:
-    device = parallel.start(torch.device("cpu"))
+    device = distributed.start(torch.device("cpu"))
     folder = work / "teacher"
     config = AutoConfig.from_pretrained(folder)
     rows, validation = FakeRows(24), FakeRows(7, seed=1)
 
     def log_of(stage: str) -> Callable[[dict[str, float], int], None]:
         def log(metrics: dict[str, float], step: int) -> None:
-            assert parallel.is_main()
+            assert distributed.is_main()
             # A streamed run logs the last layer last.
             if stage == dies_in and step == 6 and (stage != "streamed" or "train_layer_001" in metrics):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -77,17 +77,17 @@ def main(work: Path, dies_in: str = "") -> None:
         student, MaskedRows(24), MaskedRows(7, seed=1), FINETUNE, scratch=work / "finetune", log=log_of("finetune")
     )
     lora = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
-    if parallel.is_main():
+    if distributed.is_main():
         files = WeightFiles(folder)
         save_merged(adapted, files, torch.float32, work / "model", shard=40_000)
         weights = base_fingerprint(adapted.get_base_model(), files, torch.float32)
-        if parallel.world() == 1:
+        if distributed.world() == 1:
             assert weights == fingerprint(adapted)
         results = {"joint": joint, "streamed": streamed, "finetune": finetuned}
         histories = {name: result.history for name, result in results.items()}
         tensors = {"joint": transferred, "streamed": maps, "finetune": lora}
         torch.save({"histories": histories, "tensors": tensors, "weights": weights}, work / "result.pt")
-    parallel.finish()
+    distributed.finish()
 
 
 if __name__ == "__main__":

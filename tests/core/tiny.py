@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lolcats_core.config import LinearizeConfig
-from lolcats_core.modeling import FAMILIES, linearize, named_map_parameters
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.model.modeling import FAMILIES, linearize, named_map_parameters
 
 VOCAB = 97
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)

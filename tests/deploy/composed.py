@@ -17,7 +17,7 @@ from typing import Any
 import psycopg2
 import yaml
 
-from tasks.processes import end_group
+from tasks.runner.processes import end_group
 from tests.conftest import ROOT
 from tests.flows.operations import free_port
 from tests.tasks.processes import wait_for

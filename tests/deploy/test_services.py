@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from lolcats_core.files import sha256_tree
-from tasks import graph
+from lolcats_common.files import sha256_tree
+from tasks.versioning import dvc_graph
 from tests.conftest import ROOT, run_git
 from tests.deploy.composed import SECRETS, Composition, composition, connection
 from tests.flows.operations import Servers, operate
@@ -44,9 +44,9 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
     (fake_project / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
     with composition(fake_project) as composed:
         # DVC keeps its bytes in the same store, in MLflow's bucket.
-        graph.run_dvc(fake_project, "remote", "add", "--local", "--default", "store", "s3://mlflow/dvc")
+        dvc_graph.run_dvc(fake_project, "remote", "add", "--local", "--default", "store", "s3://mlflow/dvc")
         address = f"http://127.0.0.1:{composed.ports['store']}"
-        graph.run_dvc(fake_project, "remote", "modify", "--local", "store", "endpointurl", address)
+        dvc_graph.run_dvc(fake_project, "remote", "modify", "--local", "store", "endpointurl", address)
         servers = Servers(fake_project, composed.environment("worker"))
         servers.variables = {name: servers.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
 
@@ -74,9 +74,9 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
         uri = f"http://127.0.0.1:{composed.ports['mlflow']}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        from tasks import registry
+        from tasks.registry import register
 
-        with registry.stored_model(client, client.get_model_version(NAME, "1")) as model:
+        with register.stored_model(client, client.get_model_version(NAME, "1")) as model:
             assert sha256_tree(model / "artifacts" / "model") == sha256_tree(fake_project / "outputs/finetune/model")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/mlflow?list-type=2")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lolcats_core.files import sha256_file
-from lolcats_core.params import apply_overrides, read_yaml
+from lolcats_common.files import sha256_file
+from lolcats_common.params import apply_overrides, read_yaml
 from tests.conftest import run_git
 from tests.core.tiny import tiny_teacher, tiny_tokenizer
 from tests.tasks.processes import processes_in

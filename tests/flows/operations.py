@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tasks import services
+from tasks.operations import services
 from tests.conftest import ROOT, run_git
 from tests.tasks.processes import wait_for
 
@@ -85,7 +85,7 @@ class Servers:
         self._services("stop")
 
     def _services(self, action: str) -> None:
-        command = [sys.executable, "-m", "tasks.services", action]
+        command = [sys.executable, "-m", "tasks.operations.services", action]
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -17,7 +17,7 @@ import yaml
 
 from flows import delivery
 from flows.linearize import stage_tasks
-from tasks.tracking import close_abandoned, connect, experiment_id
+from tasks.runner.mlflow_run import close_abandoned, connect, experiment_id
 from tests.conftest import run_git
 from tests.tasks.processes import processes_in, start, wait_for, wait_for_text
 
@@ -52,7 +52,7 @@ def short_project(fake_project: Path) -> Path:
 def lolcats(root: Path, *arguments: str) -> str:
     """Output of one `lolcats` call that succeeds."""
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.cli", *arguments],
+        [sys.executable, "-m", "tasks.cli.main", *arguments],
         cwd=root,
         env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
         capture_output=True,
@@ -144,7 +144,7 @@ def test_cancelling_leaves_no_process_and_no_open_run_and_then_continues(
 ) -> None:
     (short_project / "pause.txt").write_text("1")
     log = tmp_path / "log"
-    process = start(short_project, log, "-m", "tasks.cli", "run", "--no-register", group=True)
+    process = start(short_project, log, "-m", "tasks.cli.main", "run", "--no-register", group=True)
     wait_for_text(log, "teacher step 2")
     os.killpg(process.pid, number)  # what Ctrl-C and `timeout` do
     assert process.wait(60) == 128 + number
@@ -169,7 +169,7 @@ def test_a_killed_flow_leaves_no_process_and_no_run_open_for_good(
 ) -> None:
     (short_project / "pause.txt").write_text("1")
     log = tmp_path / "log"
-    process = start(short_project, log, "-m", "tasks.cli", "run", "--no-register")
+    process = start(short_project, log, "-m", "tasks.cli.main", "run", "--no-register")
     wait_for_text(log, "teacher step 2")
     (flow,) = psutil.Process(process.pid).children()
     (psutil.Process(process.pid) if victim == "supervisor" else flow).kill()
@@ -184,7 +184,7 @@ def test_a_failing_stage_ends_the_flow_with_one_line_and_registers_nothing(short
     text = (short_project / "params.yaml").read_text()
     (short_project / "params.yaml").write_text(text.replace("seed: 0", "seed: 13"))
     log = tmp_path / "log"
-    assert start(short_project, log, "-m", "tasks.cli", "run").wait(120) == 1
+    assert start(short_project, log, "-m", "tasks.cli.main", "run").wait(120) == 1
     assert log.read_text().strip().splitlines()[-1] == "Error: teacher: `seed` 13 brings bad luck; take another"
     assert "Traceback" not in log.read_text()
     assert {run.info.status for run in all_runs(short_project)} == {"FAILED"}

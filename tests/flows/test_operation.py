@@ -21,10 +21,10 @@ import psutil
 import pytest
 import yaml
 
-from lolcats_core.files import sha256_tree
-from tasks import registry
-from tasks.promotion import CHAMPION, PREVIOUS, alias_version
-from tasks.tracking import connect
+from lolcats_common.files import sha256_tree
+from tasks.registry import register
+from tasks.registry.promotion import CHAMPION, PREVIOUS, alias_version
+from tasks.runner.mlflow_run import connect
 from tests.conftest import run_git
 from tests.flows.conftest import LOGIN, Operated
 from tests.flows.faults import Campaign, Project, made_from
@@ -42,7 +42,7 @@ def champion(root: Path, alias: str = CHAMPION) -> tuple[str, str] | None:
     version = alias_version(client, NAME, alias)
     if version is None:
         return None
-    with registry.stored_model(client, version) as stored:
+    with register.stored_model(client, version) as stored:
         return str(version.version), sha256_tree(stored / "artifacts" / "model")
 
 

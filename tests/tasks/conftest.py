@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import lolcats_core as lc
-from tasks import graph
+from tasks.versioning import dvc_graph
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
 
@@ -40,8 +40,8 @@ def finished(fake_project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPat
     }
     (outputs / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
     set_model(fake_project, "m1")
-    monkeypatch.setattr(graph, "changed", lambda root: {})
-    monkeypatch.setattr(graph, "push_if_remote", lambda root: False)
+    monkeypatch.setattr(dvc_graph, "changed", lambda root: {})
+    monkeypatch.setattr(dvc_graph, "push_if_remote", lambda root: False)
     return fake_project
 
 

@@ -7,25 +7,30 @@ from pathlib import Path
 
 # The harness and what only reads, writes, checks or shows: a change there does not change a result.
 NEUTRAL = {
-    "lolcats_core/errors.py",
-    "lolcats_core/files.py",
-    "lolcats_core/params.py",
-    "lolcats_core/progress.py",
-    "lolcats_core/runtime.py",
-    "lolcats_core/training_params.py",
-    "tasks/evaluation_figures.py",
-    "tasks/figures.py",
-    "tasks/logs.py",
-    "tasks/preflight.py",
-    "tasks/stage.py",
-    "tasks/tracking.py",
+    "lolcats_common/errors.py",
+    "lolcats_common/files.py",
+    "lolcats_common/params.py",
+    "lolcats_common/progress.py",
+    "lolcats_core/compute/device.py",
+    "lolcats_common/training_params.py",
+    "tasks/reporting/evaluation_figures.py",
+    "tasks/reporting/figures.py",
+    "tasks/runner/logs.py",
+    "tasks/runner/preflight.py",
+    "tasks/runner/stage.py",
+    "tasks/runner/mlflow_run.py",
 }
 
 
 def module_file(root: Path, module: str) -> Path | None:
     """The file of a module of this project; None for anyone else's."""
     top, _, rest = module.partition(".")
-    folder = {"lolcats_core": "lolcats_core", "lolcats_kernels": "kernels", "tasks": "tasks"}.get(top)
+    folder = {
+        "lolcats_common": "lolcats_common",
+        "lolcats_core": "lolcats_core",
+        "lolcats_kernels": "kernels",
+        "tasks": "tasks",
+    }.get(top)
     if folder is None:
         return None
     base = root / folder / rest.replace(".", "/") if rest else root / folder

@@ -12,15 +12,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_json
+from lolcats_common.params import ComputeParams, EvaluateParams, Params
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.errors import UserError
-from lolcats_core.evaluation.perplexity import perplexity
 from lolcats_core.evaluation.recall import copy_recall
-from lolcats_core.files import write_json
-from lolcats_core.params import ComputeParams, EvaluateParams, Params
-from tasks import evaluate, measurements, report_html, streamed_models
-from tasks.streamed_models import StreamedModels
+from lolcats_core.training.perplexity import perplexity
+from tasks import evaluate
+from tasks.measurements import streamed_models, suite
+from tasks.measurements.streamed_models import StreamedModels
+from tasks.reporting import report_html
 from tests.core.evaluation.test_code_continuation import code
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
@@ -100,8 +102,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("teacher")
         return AutoModelForCausalLM.from_pretrained(pin / "model", dtype=dtype).to(device).eval()
 
-    monkeypatch.setattr(measurements, "load_teacher", load)
-    monkeypatch.setattr(measurements, "load_tokenizer", lambda pin: byte_tokenizer())
+    monkeypatch.setattr(suite, "load_teacher", load)
+    monkeypatch.setattr(suite, "load_tokenizer", lambda pin: byte_tokenizer())
     monkeypatch.setattr(streamed_models, "verified_folder", lambda pin: pin / "model")
     monkeypatch.setattr(
         streamed_models, "teacher_config", lambda stage: AutoConfig.from_pretrained(stage.input("teacher") / "model")
@@ -186,7 +188,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_and_measures_nothing_twice
         return wrapped
 
     for name in ("perplexity", "copy_recall", "run_lm_eval"):
-        monkeypatch.setattr(measurements, name, watch(name, getattr(measurements, name)))
+        monkeypatch.setattr(suite, name, watch(name, getattr(suite, name)))
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(FakeStage(outputs, tmp_path / "cut"))  # type: ignore[arg-type]
     killing = False
@@ -261,13 +263,13 @@ def test_different_questions_are_never_compared() -> None:
 
 
 def test_a_begin_token_is_shown_only_by_tokenizers_that_add_one() -> None:
-    assert measurements.begin_ids(byte_tokenizer()) == ()
+    assert suite.begin_ids(byte_tokenizer()) == ()
 
     class Beginning(SimpleNamespace):
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [5, 7]}
 
-    assert measurements.begin_ids(Beginning(bos_token_id=5)) == (5,)  # type: ignore[arg-type]
+    assert suite.begin_ids(Beginning(bos_token_id=5)) == (5,)  # type: ignore[arg-type]
 
 
 def test_another_run_measures_only_what_its_model_or_settings_change(
@@ -277,10 +279,8 @@ def test_another_run_measures_only_what_its_model_or_settings_change(
     evaluate.run(first)  # type: ignore[arg-type]
     calls: list[str] = []
     for name in ("perplexity", "copy_recall", "run_lm_eval"):
-        original = getattr(measurements, name)
-        monkeypatch.setattr(
-            measurements, name, lambda *a, _n=name, _o=original, **k: (calls.append(_n), _o(*a, **k))[1]
-        )
+        original = getattr(suite, name)
+        monkeypatch.setattr(suite, name, lambda *a, _n=name, _o=original, **k: (calls.append(_n), _o(*a, **k))[1])
     params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, recall_gaps=(16, 64)))
     second = FakeStage(outputs, tmp_path / "second", params)
     second.results = first.results

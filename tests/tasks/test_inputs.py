@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lolcats_core.errors import UserError
-from lolcats_core.params import apply_overrides
-from tasks import graph, inputs
+from lolcats_common.errors import UserError
+from lolcats_common.params import apply_overrides
+from tasks import inputs
+from tasks.versioning import dvc_graph
 
 ROOT = Path(__file__).parents[2]
 OLD = 1_700_000_000
@@ -86,9 +87,9 @@ def test_dvc_runs_what_reads_a_changed_file_and_calls_nothing_stale_otherwise(fa
 
     def states(content: str) -> list[str]:
         (fake_project / "source.txt").write_text(content)
-        return [graph.repro(name, fake_project, on_line=lambda line: None).state for name in ("inputs", "prepare")]
+        return [dvc_graph.repro(name, fake_project, on_line=lambda line: None).state for name in ("inputs", "prepare")]
 
     assert states("a") == ["ran", "ran"]
     assert states("a") == ["ran", "unchanged"]
-    assert graph.changed(fake_project) == {}
+    assert dvc_graph.changed(fake_project) == {}
     assert states("b") == ["ran", "ran"]

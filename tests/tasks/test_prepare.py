@@ -16,13 +16,13 @@ import pytest
 import torch
 from pandera.errors import SchemaError
 
+from lolcats_common.errors import UserError
+from lolcats_common.params import Params, params_from_dict
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.data.sources import Raw
-from lolcats_core.errors import UserError
-from lolcats_core.params import Params, params_from_dict
-from lolcats_core.teacher import TeacherPin
+from lolcats_core.teacher.pin import TeacherPin
 from tasks import prepare
-from tasks.schemas import check_rows
+from tasks.runner.record_schemas import check_rows
 from tests.core.tiny import tiny_tokenizer
 
 LENGTH = 32

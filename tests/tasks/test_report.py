@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lolcats_core.errors import UserError
-from lolcats_core.files import write_json
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_json
 from tasks import report
 from tests.tasks.test_evaluate import PARAMS, FakeStage
 

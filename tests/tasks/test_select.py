@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from lolcats_common.errors import UserError
+from lolcats_common.files import write_json
+from lolcats_common.params import SelectParams
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.errors import UserError
-from lolcats_core.files import write_json
-from lolcats_core.modeling import feature_maps
-from lolcats_core.params import SelectParams
-from lolcats_core.transfer import head_errors
+from lolcats_core.model.modeling import feature_maps
+from lolcats_core.training.attention_transfer import head_errors
 from tasks import select
-from tasks.training_outputs import selected
+from tasks.runner.artifacts import selected
 from tests.core.tiny import byte_teacher
 from tests.tasks.test_evaluate import PARAMS, FakeStage
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core.errors import UserError
-from lolcats_core.params import params_from_dict
-from lolcats_core.teacher import load_teacher, load_tokenizer, read_pin
+from lolcats_common.errors import UserError
+from lolcats_common.params import params_from_dict
+from lolcats_core.teacher.pin import load_teacher, load_tokenizer, read_pin
 from tasks.teacher import run
 
 

@@ -17,11 +17,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lolcats_common.params import apply_overrides, params_from_dict, read_yaml
 from lolcats_core import attention_transfer, linearize, load_delta
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.modeling import named_map_parameters
-from lolcats_core.params import apply_overrides, params_from_dict, read_yaml
-from lolcats_core.teacher import load_teacher, resolve_teacher, write_pin
+from lolcats_core.model.modeling import named_map_parameters
+from lolcats_core.teacher.pin import load_teacher, resolve_teacher, write_pin
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]

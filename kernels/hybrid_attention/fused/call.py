@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
 from lolcats_kernels.hybrid_attention.fused.features import ACTIVATIONS, WINDOWS
 from lolcats_kernels.hybrid_attention.fused.layout import Layout, Sequences
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 
 # Chunk of pure linear attention, which has no window to take it from.
 CHUNK_WITHOUT_WINDOW = 64

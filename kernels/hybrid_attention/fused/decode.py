@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
 from lolcats_kernels.hybrid_attention.fused.features import (
     ACTIVATIONS,
     LOG2E,
@@ -28,7 +29,6 @@ from lolcats_kernels.hybrid_attention.fused.features import (
     activation,
     softcapped,
 )
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState
 
 # Rows of the smallest product on tensor cores: query heads of a group are padded to it.

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
 from lolcats_kernels.hybrid_attention.fused.backward import (
     key_gradient_kernel,
     map_product_kernel,
@@ -23,7 +24,6 @@ from lolcats_kernels.hybrid_attention.fused.features import WINDOWS
 from lolcats_kernels.hybrid_attention.fused.layout import Layout
 from lolcats_kernels.hybrid_attention.fused.output import map_gradient_kernel, output_kernel
 from lolcats_kernels.hybrid_attention.fused.states import reverse_states_kernel, states_kernel
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 
 # Programs that fill the device (two waves over 132 multiprocessors): sequences are split until there are so many.
 FILL = 528

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lolcats_kernels.hybrid_attention.config import Maps, Spec
 from lolcats_kernels.hybrid_attention.fused import launch
 from lolcats_kernels.hybrid_attention.fused.decode import decode as launch_decode
 from lolcats_kernels.hybrid_attention.fused.layout import Sequences
-from lolcats_kernels.hybrid_attention.spec import Maps, Spec
 from lolcats_kernels.hybrid_attention.state import HybridState
 
 # A copy of this file beside a saved model's weights may be loaded in the same process: its operators need other names.

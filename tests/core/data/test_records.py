@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lolcats_common.errors import UserError
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
-from lolcats_core.errors import UserError
 from tests.core.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from lolcats_common.errors import UserError
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.errors import UserError
 
 
 def write_rows(path: Path, rows: int = 7, length: int = 5, vocab: int = 300) -> dict[str, np.ndarray]:

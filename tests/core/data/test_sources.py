@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lolcats_common.errors import UserError
+from lolcats_common.params import DataParams
 from lolcats_core.data.sources import describe, raw_records, stdlib_documents, stdlib_files
-from lolcats_core.errors import UserError
-from lolcats_core.params import DataParams
 
 
 def read(source: Path | str, root: Path, **changes: int) -> list[tuple[object, object]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core.config import LinearizeConfig
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.evaluation.audit import (
     ablations,
     attention_entropy,
@@ -18,7 +18,7 @@ from lolcats_core.evaluation.audit import (
     probed,
     softmax_off,
 )
-from lolcats_core.modeling import attention_layers, feature_maps
+from lolcats_core.model.modeling import attention_layers, feature_maps
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_student, tiny_teacher, tokens
 
 ROWS = FakeRows(rows=3, length=48)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.evaluation.code_continuation import (
     CONTEXT_CHARACTERS,
     OPTION_CHARACTERS,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lolcats_core.cache import HybridCache
-from lolcats_core.config import LinearizeConfig
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.evaluation.audit import branch_off
 from lolcats_core.evaluation.generation import (
     cache_bytes,
@@ -18,7 +17,8 @@ from lolcats_core.evaluation.generation import (
     token_f1,
     until_end,
 )
-from lolcats_core.modeling import linearize
+from lolcats_core.model.decoding.cache import HybridCache
+from lolcats_core.model.modeling import linearize
 from tests.core.tiny import MIXED, FakeRows, tiny_student, tiny_teacher, tokens
 
 END = [2]

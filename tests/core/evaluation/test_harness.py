@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.evaluation.code_continuation import Item, write_task
 from lolcats_core.evaluation.harness import run_lm_eval
 

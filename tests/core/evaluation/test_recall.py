@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.evaluation.recall import SKIPPED, copy_recall, mean_and_stderr, random_strings
 
 VOCAB = 97

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lolcats_core.errors import UserError
+from lolcats_common.errors import UserError
 from lolcats_core.evaluation.harness import run_lm_eval
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.synthetic import TASKS, by_cell, make_items, validation_text, write_task

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lolcats_core.streaming.buffer import HiddenBuffer
-from tests.core.streaming.test_transfer import streamed
 from tests.core.tiny import tiny_teacher
+from tests.core.training.test_streamed_transfer import streamed
 
 
 def test_a_read_gives_its_own_rows_whatever_was_expected(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""What a linearized model is made of: the settings that decide its parameters and its function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lolcats_common.errors import UserError
+
+Window = Literal["terraced", "sliding", "none"]
+FeatureMap = Literal["hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu"]
+WINDOWS: tuple[str, ...] = ("terraced", "sliding", "none")
+FEATURE_MAPS: tuple[str, ...] = ("hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu")
+
+
+@dataclass(frozen=True)
+class LinearizeConfig:
+    """Shape and initial values of the learnable linear attention (arXiv 2410.10254, sections 3.1 and 3.2).
+
+    Attributes:
+        window: which keys the softmax part sees. ``terraced``: own chunk (causal) and the whole previous chunk,
+            counted from the start of the sequence. ``sliding``: the ``window_size`` newest tokens. ``none``: pure
+            linear attention.
+        window_size: tokens in a chunk (terraced) or in the window (sliding).
+        feature_map: activation of the learned map, applied after rotary embeddings.
+        feature_dim: columns F of each map; ``hedgehog`` and ``exp`` have 2F features.
+        k_map_per: one key map per ``query_head`` (published) or per ``kv_head`` (state H/Hk times smaller).
+        softmax_layers: layers that keep softmax attention.
+        softmax_heads: kv groups that keep softmax attention inside a layer whose other groups are linearized: layer
+            to kv heads, each with the query heads it serves. Text keys, as JSON makes them, count as numbers.
+        softmax_window: newest tokens that those layers and heads see; their cache is then bounded, and with it the
+            whole state, whatever the length of the sequence. None: all tokens.
+        softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
+        init_window_factor: initial share gamma of the softmax part, in (0, 1).
+        linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
+        linear_decay: initial factor by which a token's weight in the linear part shrinks with each later token, learned
+            per map of the keys; None: no decay (published). The fused kernels do not have it.
+        feature_map_init: ``kaiming`` (published), ``identity`` (needs feature_dim equal to the head dim) or
+            ``calibrated``: centres of clusters of the teacher's keys, and window factors by their error, which
+            attention transfer sets from its first rows before it trains.
+        feature_map_bias: add a learned bias before the activation (t2r of the paper has one).
+        feature_map_skip: use x(W + I) instead of xW; needs feature_dim equal to the head dim.
+        tie_qk: queries and keys share one map.
+
+    Raises:
+        UserError: a value breaks its constraint; the message names both.
+    """
+
+    window: Window = "terraced"
+    window_size: int = 64
+    feature_map: FeatureMap = "hedgehog"
+    feature_dim: int = 64
+    k_map_per: Literal["query_head", "kv_head"] = "query_head"
+    softmax_layers: tuple[int, ...] = ()
+    softmax_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    softmax_window: int | None = None
+    softmax_sinks: int = 0
+    init_window_factor: float = 0.1
+    linear_factor: Literal["one", "affine"] = "one"
+    linear_decay: float | None = None
+    feature_map_init: Literal["kaiming", "identity", "calibrated"] = "kaiming"
+    feature_map_bias: bool = False
+    feature_map_skip: bool = False
+    tie_qk: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "softmax_layers", tuple(sorted(set(self.softmax_layers))))
+        object.__setattr__(self, "softmax_heads", _kept_heads(self.softmax_heads))
+        size = self.window_size
+        if size < 4 or size & (size - 1):
+            raise UserError(f"`window_size` must be a power of two of at least 4, got {size}")
+        if self.window not in WINDOWS:
+            raise UserError(f"`window` must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        if self.feature_map not in FEATURE_MAPS:
+            raise UserError(f"`feature_map` must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if self.feature_dim < 1:
+            raise UserError(f"`feature_dim` must be at least 1, got {self.feature_dim}")
+        if self.k_map_per not in ("query_head", "kv_head"):
+            raise UserError(f"`k_map_per` must be query_head or kv_head, got {self.k_map_per!r}")
+        if self.linear_factor not in ("one", "affine"):
+            raise UserError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
+        if not 0.0 < self.init_window_factor < 1.0:
+            raise UserError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
+        if self.linear_decay is not None and not 0.0 < self.linear_decay < 1.0:
+            raise UserError(f"`linear_decay` must be null or lie strictly between 0 and 1, got {self.linear_decay}")
+        if any(layer < 0 for layer in self.softmax_layers):
+            raise UserError(f"`softmax_layers` must be layer indices of at least 0, got {self.softmax_layers}")
+        twice = sorted(self.softmax_heads.keys() & set(self.softmax_layers))
+        if twice:
+            raise UserError(f"layer {twice[0]} is in `softmax_layers` and in `softmax_heads`; name it in one of them")
+        if self.softmax_window is not None and self.softmax_window < 2:
+            raise UserError(f"`softmax_window` must be null or at least 2, got {self.softmax_window}")
+        if not 0 <= self.softmax_sinks < (self.softmax_window or 1):
+            raise UserError(
+                f"`softmax_sinks` must be at least 0 and below `softmax_window` ({self.softmax_window}),"
+                f" got {self.softmax_sinks}"
+            )
+        if self.tie_qk and self.k_map_per == "kv_head":
+            raise UserError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in a model's config.json."""
+        heads = {str(layer): list(kept) for layer, kept in self.softmax_heads.items()}
+        return {**asdict(self), "softmax_layers": list(self.softmax_layers), "softmax_heads": heads}
+
+
+def _kept_heads(given: Mapping[Any, Any]) -> dict[int, tuple[int, ...]]:
+    """`softmax_heads` in order, with numbers as keys and without layers that keep nothing."""
+    kept: dict[int, tuple[int, ...]] = {}
+    for key, heads in given.items():
+        layer = int(key) if str(key).isdecimal() else -1
+        if layer < 0:
+            raise UserError(f"`softmax_heads` must have layer indices of at least 0 as keys, got {key!r}")
+        if layer in kept:
+            raise UserError(f"`softmax_heads` names layer {layer} twice")
+        if any(head < 0 for head in heads):
+            raise UserError(f"`softmax_heads` of layer {layer} must be kv heads of at least 0, got {min(heads)}")
+        kept[layer] = tuple(sorted(set(heads)))
+    return {layer: kept[layer] for layer in sorted(kept) if kept[layer]}
+
+
+def local_layers(config: Any) -> tuple[int, ...]:
+    """Layers of a transformers config that attend within a short window while others see everything (Gemma).
+
+    They are cheap already and stay as they are. Where every layer has the same window (Mistral), none is local.
+    """
+    kinds = getattr(config, "layer_types", None) or []
+    if "full_attention" not in kinds:
+        return ()
+    return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
+def softmax_layers(config: Any) -> tuple[int, ...]:
+    """Layers of a linearized model's config that keep softmax attention: those chosen and the local ones."""
+    return tuple(sorted({*LinearizeConfig(**config.linearize).softmax_layers, *local_layers(config)}))

@@ -1,0 +1,325 @@
+"""The pipeline's parameters: params.yaml is read here and nowhere else.
+
+Every section is a frozen dataclass. An unknown key, a wrong type or a broken constraint ends in one `ParamsError`
+that names the key, what it must be and the value given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lolcats_common.errors import ParamsError
+from lolcats_common.errors import require as _require
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.operation_params import GatesParams, RelinearizeParams
+from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
+
+
+@dataclass(frozen=True)
+class ComputeParams:
+    """`device`: auto, cpu, cuda or cuda:N. `precision`: dtype of frozen weights and activations.
+
+    `processes`: how many work on a training stage together, on CUDA each with a GPU of its own. `offload_activations`:
+    keep what stage 2's backward pass needs in the machine's memory.
+    """
+
+    device: str = "auto"
+    processes: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.processes >= 1, "`processes` must be at least 1", self.processes)
+        known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
+        _require(known, "`device` must be auto, cpu, cuda or cuda:N", self.device)
+
+
+@dataclass(frozen=True)
+class TeacherParams:
+    """`source`: ``builtin``, a local directory, or a Hugging Face model id (then `revision` pins the commit)."""
+
+    source: str = "builtin"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source.strip()), "`source` must be builtin, a directory or a Hugging Face id", self.source)
+
+
+@dataclass(frozen=True)
+class DataParams:
+    """Where text comes from and how it becomes token rows.
+
+    `source`: ``builtin`` (the Python standard library's sources), a file, directory or glob of .jsonl, .parquet,
+    .txt or .py files, or a Hugging Face dataset id with `revision`. `loss_on: completion` scores only the response of
+    Alpaca and chat records. `packing`: ``concatenated`` as published, or ``documents`` (no token attends across).
+    `position_range`: every other training row stands at random positions below it, so that a student that will read
+    longer texts has seen their positions; null: all from 0 on, as published.
+    """
+
+    source: str = "builtin"
+    revision: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    format: Literal["auto", "text", "alpaca", "messages"] = "auto"
+    loss_on: Literal["all", "completion"] = "all"
+    sequence_length: int = 512
+    packing: Literal["concatenated", "documents"] = "concatenated"
+    position_range: int | None = None
+    validation_share: float = 0.05
+    max_rejected_share: float = 0.01
+    max_record_bytes: int = 4_000_000
+    max_train_tokens: int | None = None
+    max_validation_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source.strip()), "`source` must be builtin, a path or a dataset id", self.source)
+        _require(self.sequence_length >= 8, "`sequence_length` must be at least 8", self.sequence_length)
+        _require(0 < self.validation_share < 1, "`validation_share` must lie in (0, 1)", self.validation_share)
+        _require(0 <= self.max_rejected_share <= 1, "`max_rejected_share` must lie in [0, 1]", self.max_rejected_share)
+        _require(self.max_record_bytes >= 1, "`max_record_bytes` must be at least 1", self.max_record_bytes)
+        _require(
+            self.position_range is None or self.position_range >= self.sequence_length,
+            f"`position_range` must be null or at least `sequence_length` {self.sequence_length}",
+            self.position_range,
+        )
+        for name in ("max_train_tokens", "max_validation_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)
+
+
+@dataclass(frozen=True)
+class EvaluateParams:
+    """What teacher and student are measured on.
+
+    `tasks`: lm-eval tasks by name (the project's own: code_continuation, and copy, mqar, passkey, needle with
+    `synthetic_samples` items of each of `synthetic_lengths` tokens and three depths). `task_limit`: items per task.
+    `num_fewshot`: examples before each question by task; otherwise what the task says. `long_rows`: rows of four times
+    the training length whose loss is taken by position. `audit_rows`: rows that the branches are switched off on. Each
+    of `long_rows`, `generation_prompts` and `audit_rows` may be 0.
+    """
+
+    batch_size: int = 8
+    max_perplexity_rows: int | None = None
+    recall_gaps: tuple[int, ...] = (128, 256)
+    recall_samples: int = 32
+    tasks: tuple[str, ...] = ("code_continuation",)
+    task_limit: int | None = None
+    num_fewshot: Mapping[str, int] = field(default_factory=dict, hash=False)
+    synthetic_lengths: tuple[int, ...] = (256, 1024)
+    synthetic_samples: int = 8
+    long_rows: int = 8
+    generation_prompts: int = 16
+    generation_tokens: int = 128
+    audit_rows: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "`batch_size` must be at least 1", self.batch_size)
+        _require(self.recall_samples >= 1, "`recall_samples` must be at least 1", self.recall_samples)
+        _require(all(gap >= 8 for gap in self.recall_gaps), "`recall_gaps` must each be at least 8", self.recall_gaps)
+        for name in ("synthetic_samples", "generation_tokens"):
+            _require(getattr(self, name) >= 1, f"`{name}` must be at least 1", getattr(self, name))
+        for name in ("long_rows", "generation_prompts", "audit_rows"):
+            _require(getattr(self, name) >= 0, f"`{name}` must be at least 0", getattr(self, name))
+        _require(all(n >= 0 for n in self.num_fewshot.values()), "`num_fewshot` must be at least 0", self.num_fewshot)
+        for name in ("max_perplexity_rows", "task_limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)
+
+
+@dataclass(frozen=True)
+class RegisterParams:
+    """`name`: the registered model. `alias`: given to each new version."""
+
+    name: str = "lolcats-demo"
+    alias: str = "candidate"
+
+    def __post_init__(self) -> None:
+        for key, value in (("name", self.name), ("alias", self.alias)):
+            clean = bool(value.strip()) and not any(c in value for c in '/:."%"')
+            _require(clean, f"`{key}` must be a name without / : . % or quotes", value)
+
+
+@dataclass(frozen=True)
+class Params:
+    """All of params.yaml."""
+
+    seed: int = 0
+    compute: ComputeParams = field(default_factory=ComputeParams)
+    teacher: TeacherParams = field(default_factory=TeacherParams)
+    data: DataParams = field(default_factory=DataParams)
+    linearize: LinearizeConfig = field(default_factory=LinearizeConfig)
+    transfer: TransferParams = field(default_factory=TransferParams)
+    select: SelectParams = field(default_factory=SelectParams)
+    finetune: FinetuneParams = field(default_factory=FinetuneParams)
+    evaluate: EvaluateParams = field(default_factory=EvaluateParams)
+    register: RegisterParams = field(default_factory=RegisterParams)
+    gates: GatesParams = field(default_factory=GatesParams)
+    relinearize: RelinearizeParams = field(default_factory=RelinearizeParams)
+
+    def __post_init__(self) -> None:
+        calibrated = self.linearize.feature_map_init == "calibrated"
+        text = "`linearize.feature_map_init: calibrated` needs `transfer.enabled`, which calibrates"
+        _require(self.transfer.enabled or not calibrated, text, self.transfer.enabled)
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and check the parameters.
+
+    Raises:
+        ParamsError: the file is missing or not YAML, or a key is unknown, ill-typed or out of range.
+    """
+    return params_from_dict(read_yaml(path), source=str(path))
+
+
+def params_from_dict(values: dict[str, Any], source: str = "params.yaml") -> Params:
+    """Build `Params` from plain values; `source` names them in errors."""
+    return typing.cast(Params, _build(Params, values, path="", source=source))
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """A YAML file that holds one mapping.
+
+    Raises:
+        ParamsError: missing, not UTF-8, not YAML, or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run from the project's root or name the file") from None
+    except IsADirectoryError:
+        raise ParamsError(f"{path}: is a directory, a YAML file was expected") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path}: not UTF-8 at byte {error.start}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path}: must hold a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested `values` with overrides laid over it; keys may be dotted (``transfer.lr``) or nested."""
+    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for key, value in overrides.items():
+        section, _, rest = str(key).partition(".")
+        if rest:
+            value = {rest: value}
+        if isinstance(value, dict) and isinstance(merged.get(section, {}), dict):
+            merged[section] = apply_overrides(merged.get(section, {}), value)
+        else:
+            merged[section] = value
+    return merged
+
+
+def presets() -> dict[str, Path]:
+    """Name and file of each preset that the project ships (presets/*.yaml)."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Overrides of one preset.
+
+    Raises:
+        ParamsError: no preset has that name.
+    """
+    known = presets()
+    if name not in known:
+        raise ParamsError(f"unknown preset {name!r}{_nearest(name, known)}; presets: {', '.join(known)}")
+    return read_yaml(known[name])
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
+    return f" (did you mean `{close[0]}`?)" if close else ""
+
+
+def _dotted(cls: type, prefix: str = "") -> list[str]:
+    """Every key of params.yaml as ``section.key``."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(hint)
+        keys += _dotted(typing.cast(type, hint), f"{prefix}{name}.") if nested else [f"{prefix}{name}"]
+    return keys
+
+
+def _build(cls: type, values: Any, path: str, source: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ParamsError(f"{source}: `{path}` must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    prefix = f"{path}." if path else ""
+    given = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = (
+                [known for known in _dotted(Params) if known.startswith(prefix)]
+                if prefix
+                else [*fields, *_dotted(Params)]
+            )
+            raise ParamsError(f"{source}: unknown key `{prefix}{key}`{_nearest(f'{prefix}{key}', near)}")
+        given[key] = _coerce(hints[key], value, f"{prefix}{key}", source)
+    try:
+        return cls(**given)
+    except ValueError as error:
+        raise ParamsError(f"{source}: {path}: {error}") from None
+
+
+def _coerce(hint: Any, value: Any, path: str, source: str) -> Any:
+    def refuse(expected: str) -> ParamsError:
+        return ParamsError(f"{source}: `{path}` must be {expected}, got {value!r}")
+
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path, source)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, path, source)
+    if origin is Literal:
+        if value not in args:
+            raise refuse("one of " + ", ".join(map(str, args)))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise refuse("a list")
+        return tuple(_coerce(args[0], item, f"{path}[{i}]", source) for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise refuse("a mapping")
+        # Keys come as numbers from YAML and as text from JSON and dotted overrides; the section's class reads both.
+        return {key: _coerce(args[1], item, f"{path}.{key}", source) for key, item in value.items()}
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+        return value
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise refuse("a whole number")
+        return value
+    if hint is float:
+        # PyYAML reads 1e-2 (no dot) as a string; a person means a number.
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or number != number or number in (float("inf"), float("-inf")):
+            raise refuse("a finite number")
+        return number
+    if not isinstance(value, str):
+        raise refuse("text")
+    return value

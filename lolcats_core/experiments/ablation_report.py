@@ -1,0 +1,166 @@
+"""What the ablation found: the report, its table in the paper's form, and whether the published ordering holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lolcats_common.files import write_json, write_text
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.machine import device_tags, versions
+from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Setting, base_of, teacher_row
+
+TITLES = {
+    "lora_rank": "LoRA rank",
+    "projections": "Projections with LoRA",
+    "window_size": "Window size",
+    "transfer_steps": "Steps of attention transfer",
+    "softmax_layers": "Published recipe beside ours (the layers with the largest transfer error keep softmax)",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of the paper, whether it holds here, and the numbers that say so."""
+
+    text: str
+    holds: bool
+    numbers: str
+
+
+def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: LinearizeConfig) -> list[Claim]:
+    """The orderings of the paper's ablation, held against the grid.
+
+    Args:
+        measured: results by the label of the grid's rows (`rows`).
+
+    Raises:
+        KeyError: the grid is not complete.
+    """
+
+    def value(feature_map: str, window: str, transfer: bool, name: str = "after") -> float:
+        label = f"{feature_map}, {window}, {base.k_map_per}, {'transfer' if transfer else 'no transfer'}"
+        found = measured[label][name]
+        return float("inf") if found is None else float(found)
+
+    def claim(text: str, *pairs: tuple[float, float]) -> Claim:
+        numbers = ", ".join(f"{low:.4g} < {high:.4g}" for low, high in pairs)
+        return Claim(text, all(low < high for low, high in pairs), numbers)
+
+    maps = FEATURE_MAPS
+    return [
+        claim(
+            "attention transfer lowers perplexity before LoRA (published: 60.9 instead of 2448)",
+            *((value(m, "none", True, "before"), value(m, "none", False, "before")) for m in maps),
+        ),
+        claim(
+            "attention transfer lowers final perplexity at equal steps (published: hedgehog 3.90 < 9.02, t2r 4.11 < "
+            "16.05)",
+            *((value(m, "none", True), value(m, "none", False)) for m in maps),
+        ),
+        claim(
+            "hedgehog is below t2r without and with transfer (published: 9.02 < 16.05, 3.90 < 4.11)",
+            *((value("hedgehog", "none", t), value("t2r", "none", t)) for t in (False, True)),
+        ),
+        claim(
+            "a softmax window lowers it further, terraced and sliding alike",
+            *((value(m, w, True), value(m, "none", True)) for m in maps for w in WINDOWS[1:]),
+        ),
+    ]
+
+
+def report_on(setting: Setting, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that the table needs, as plain JSON values, with the teacher's own measurements.
+
+    Args:
+        source: the teacher's name. results: of `ablation.run`.
+    """
+    grid = {row["label"]: row for row in results if row["section"] == "grid"}
+    base = base_of(setting.linearize, setting.finetune, setting.budget).linearize
+    return {
+        "teacher": {
+            "source": source,
+            "parameters": sum(p.numel() for p in setting.teacher.parameters()),
+            **teacher_row(setting),
+        },
+        "budget": dataclasses.asdict(setting.budget)
+        | {"sequence_length": int(setting.train_rows.sequence_length)}
+        | {"transfer_lr": setting.transfer.lr, "finetune_lr": setting.finetune.lr},
+        "rows": results,
+        "ordering": [dataclasses.asdict(claim) for claim in published_ordering(grid, base)] if grid else [],
+        "hardware": device_tags(),
+        "versions": versions(),
+    }
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> str:
+    """Write `report` as ablation.json and ablation.md; returns the latter's text."""
+    text = markdown(report)
+    write_json(directory / "ablation.json", report)
+    write_text(directory / "ablation.md", text)
+    return text
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: the paper's table, the one-dimensional sections, and what became of the ordering."""
+    teacher, budget = report["teacher"], report["budget"]
+    lines = [
+        f"Teacher: {teacher['source']}, {teacher['parameters'] / 1e6:.1f}M parameters, perplexity "
+        f"{_number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
+        f"{budget['batch_size']} x {budget['sequence_length']} tokens at learning rates {budget['transfer_lr']:g} "
+        f"and {budget['finetune_lr']:g}; without transfer, maps and LoRA together for both, at the latter. "
+        f"Perplexity over {budget['eval_rows']} validation rows; recall: copying at gap {budget['recall_gap']}.",
+        "",
+    ]
+    grid = {row["label"]: row for row in report["rows"] if row["section"] == "grid"}
+    if grid:
+        lines += _grid_lines(grid)
+    for section, title in TITLES.items():
+        chosen = [row for row in report["rows"] if row["section"] == section]
+        if chosen:
+            lines += [f"| {title} | PPL before LoRA | PPL | recall |", "|---|---|---|---|"]
+            lines += [f"| {row['label']} | {_all_cells(row)} |" for row in chosen]
+            lines.append("")
+    lines += ordering_lines([Claim(**claim) for claim in report["ordering"]])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _grid_lines(grid: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The paper's form: one line per attention, without transfer beside with it."""
+    lines = [
+        "| feature map, window, key maps per | Swap & Finetune: PPL before LoRA | PPL "
+        "| + Attention Transfer: PPL before LoRA | PPL | recall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label in grid:
+        name, _, kind = label.rpartition(", ")
+        if kind == "transfer":
+            without, row = grid[f"{name}, no transfer"], grid[label]
+            lines.append(f"| {name} | {_cells(without)} | {_all_cells(row)} |")
+    return [*lines, ""]
+
+
+def ordering_lines(claims: Sequence[Claim]) -> list[str]:
+    """Whether the published ordering holds, statement by statement."""
+    if not claims:
+        return []
+    kept = sum(claim.holds for claim in claims)
+    verdict = "holds" if kept == len(claims) else f"does not hold in full ({kept} of {len(claims)} statements do)"
+    lines = [f"The published ordering {verdict}:", ""]
+    return lines + [f"- {'holds' if c.holds else 'DOES NOT HOLD'}: {c.text}: {c.numbers}" for c in claims]
+
+
+def _cells(row: Mapping[str, Any]) -> str:
+    return f"{_number(row['before'])} | {_number(row['after'])}"
+
+
+def _all_cells(row: Mapping[str, Any]) -> str:
+    recall = "diverged" if row["recall"] is None else f"{row['recall']:.3f}"
+    return f"{_cells(row)} | {recall}"
+
+
+def _number(value: float | None) -> str:
+    return "diverged" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -1,0 +1,117 @@
+"""A finetuned student on disk without ever being whole in memory: the teacher's files, tensor by tensor, plus LoRA.
+
+For students whose base is quantized or divided between processes. The adapters go onto the teacher's own weights, so a
+quantized base leaves no trace in the result but through what was learnt on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lolcats_common.files import write_json
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.export.delta import fingerprint_of
+from lolcats_core.model.modeling import LINEARIZED, PREFIX, empty_student
+from lolcats_core.model.remote_code import auto_map, write_code
+from lolcats_core.streaming.weights import WeightFiles
+from lolcats_core.teacher.checks import INDEX, WEIGHTS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SHARD = 5 * 10**9
+
+
+def base_fingerprint(student: Any, files: WeightFiles, dtype: torch.dtype) -> str:
+    """What `delta.fingerprint` says of the base when it is loaded whole, from its files."""
+    names = sorted(name for name in _names(student) if ".feature_maps." not in name and name != "linearized.weight")
+    return fingerprint_of((name, files[name].to(dtype)) for name in names)
+
+
+def save_merged(adapted: PeftModel, files: WeightFiles, dtype: torch.dtype, out: Path, shard: int = SHARD) -> None:
+    """What `adapted.merge_and_unload().save_pretrained(out)` would write, from the base's `files`.
+
+    Args:
+        dtype: of the weights; feature maps stay float32. shard: bytes of each file at most, if no tensor is larger.
+    """
+    student: Any = adapted.get_base_model()
+    trained = _trained(adapted)
+    names = _names(student)
+    config = copy.deepcopy(student.config)
+    config.architectures, config.dtype = [type(student).__name__], dtype
+    config.auto_map = auto_map(type(config).__name__, type(student).__name__)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
+    student.generation_config.save_pretrained(out)
+    write_code(out, [type(config).__name__, type(student).__name__])
+
+    def tensor(name: str) -> Tensor:
+        if name in trained["maps"]:
+            return trained["maps"][name]
+        if name == "linearized.weight":
+            return torch.zeros(1, 1, dtype=dtype)
+        weight = files[name].to(dtype)
+        return (weight + trained["lora"][name]).to(dtype) if name in trained["lora"] else weight
+
+    parts = list(_shards(names, shard, dtype))
+    where: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = WEIGHTS if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file({name: tensor(name).contiguous() for name in part}, out / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    if len(parts) > 1:
+        size = sum(_bytes(name, shape, dtype) for name, shape in names.items())
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def _trained(adapted: PeftModel) -> dict[str, dict[str, Tensor]]:
+    """LoRA's products by the weights that they are added to, and the feature maps; on the CPU."""
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, dict[str, Tensor]] = {"lora": {}, "maps": {}}
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
+            product = cast(Any, module).get_delta_weight("default").detach().cpu()
+            found["lora"][f"{name.removeprefix('base_model.model.')}.weight"] = product
+    for name, parameter in adapted.named_parameters():
+        if ".feature_maps." in name and ".original_module." not in name:
+            plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+            found["maps"][plain] = parameter.detach().cpu()
+    return found
+
+
+def _names(student: Any) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the plain student, tied ones once."""
+    values = {**student.config.to_dict(), "model_type": student.config.model_type.removeprefix(PREFIX)}
+    settings = LinearizeConfig(**values.pop("linearize"))
+    for name in ("architectures", "_name_or_path"):
+        values.pop(name, None)
+    teacher = next(base for base in LINEARIZED[values["model_type"]][0].__mro__[1:] if hasattr(base, "model_type"))
+    with torch.device("meta"):
+        plain = empty_student(cast(Any, teacher)(**values), settings)
+    plain.tie_weights()
+    return {name: parameter.shape for name, parameter in plain.named_parameters()}
+
+
+def _bytes(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
+    return shape.numel() * (4 if ".feature_maps." in name and dtype != torch.float64 else dtype.itemsize)
+
+
+def _shards(names: dict[str, torch.Size], limit: int, dtype: torch.dtype) -> Iterator[list[str]]:
+    part: list[str] = []
+    held = 0
+    for name, shape in names.items():
+        size = _bytes(name, shape, dtype)
+        if part and held + size > limit:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += size
+    yield part

@@ -1,0 +1,217 @@
+"""What a directory with a teacher must hold, checked from its small files and the weights' headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lolcats_common.errors import UserError
+from lolcats_core.model.families import refusal
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """From the safetensors headers: number of parameters, rows of the input embedding, bytes, dtype of most of it."""
+
+    parameters: int
+    embedding_rows: int | None
+    bytes: int
+    dtype: str
+
+
+def read_json(path: Path, source: str) -> dict[str, Any]:
+    """One JSON mapping of the teacher `source`.
+
+    Raises:
+        UserError: the file is missing, damaged or no mapping.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"teacher {source}: {path.name} is missing") from None
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not valid JSON"
+        raise UserError(f"teacher {source}: {path.name} is damaged ({reason}); fetch or copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"teacher {source}: {path.name} must hold a mapping, got {type(value).__name__}")
+    return value
+
+
+def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
+    """The teacher's configuration, as transformers reads it.
+
+    Raises:
+        UserError: it is missing or damaged, its architecture cannot be linearized, or it needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    raw = read_json(folder / "config.json", source)
+    kind = raw.get("model_type")
+    if isinstance(kind, str) and kind.startswith("lolcats_"):
+        raise UserError(f"teacher {source} is already a linearized model ({kind}); give its softmax original")
+    reason = refusal(raw)
+    if reason is not None and not (trust_remote_code and "auto_map" in raw):
+        raise UserError(f"teacher {source}: {reason}")
+    if raw.get("quantization_config"):
+        raise UserError(f"teacher {source}: quantized weights cannot be linearized; give the unquantized model")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"teacher {source}: config.json is not usable ({_first_line(error)})") from None
+    reason = refusal(config.to_dict())
+    if reason is not None:
+        raise UserError(f"teacher {source}: {reason}")
+    return config
+
+
+def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
+    """Names of the safetensors files that hold the weights.
+
+    Args:
+        listed: names of the files that exist, in `folder` or on the hub.
+
+    Raises:
+        UserError: there are none, only pickled ones, or the index names one that does not exist.
+    """
+    if INDEX in listed:
+        mapping = read_json(folder / INDEX, source).get("weight_map")
+        if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
+            raise UserError(f"teacher {source}: {INDEX} has no `weight_map`; fetch or copy it again")
+        shards = sorted(set(mapping.values()))
+        if any("/" in shard or "\\" in shard for shard in shards):
+            raise UserError(f"teacher {source}: {INDEX} names files outside the model's directory")
+        missing = [shard for shard in shards if shard not in listed]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"teacher {source}: {missing[0]}{more}, named in {INDEX}, is missing; fetch or copy it")
+        return shards
+    if WEIGHTS in listed:
+        return [WEIGHTS]
+    pickled = sorted(name for name in listed if name.endswith(_PICKLED) and "/" not in name)
+    if pickled:
+        raise UserError(
+            f"teacher {source}: only {pickled[0]} was found, and pickled weights are not loaded since they can run "
+            f"code; convert them once with `save_pretrained` of transformers, which writes {WEIGHTS}"
+        )
+    raise UserError(f"teacher {source}: the weights are missing; {WEIGHTS} or {INDEX} was expected")
+
+
+def read_header(path: Path, source: str) -> dict[str, Any]:
+    """Header of a safetensors file: tensor name -> dtype, shape, offsets.
+
+    Raises:
+        UserError: the file is missing, cut short or otherwise damaged.
+    """
+
+    def damaged(reason: str) -> UserError:
+        return UserError(f"teacher {source}: {path.name} is damaged ({reason}); fetch or copy it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise damaged("its header is cut short")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise UserError(f"teacher {source}: {path.name} is missing") from None
+    except OSError as error:
+        raise UserError(f"teacher {source}: {path.name} cannot be read ({error.strerror})") from None
+    except UserError:
+        raise
+    except ValueError:
+        raise damaged("its header is not JSON") from None
+    try:
+        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+        well_formed = all(isinstance(entry["dtype"], str) for entry in tensors.values()) and all(
+            isinstance(n, int) for entry in tensors.values() for n in entry["shape"]
+        )
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise damaged("its header is malformed") from None
+    if not tensors or not well_formed:
+        raise damaged("its header is malformed")
+    if end != size - 8 - length:
+        raise damaged(f"{size} bytes, its header says {end + 8 + length}")
+    return tensors
+
+
+def check_weights(folder: Path, names: list[str], source: str) -> Weights:
+    """Read every header and compare with the index.
+
+    Raises:
+        UserError: a file is damaged, or a tensor that the index names is not in its file.
+    """
+    headers = {name: read_header(folder / name, source) for name in names}
+    if (folder / INDEX).is_file() and names != [WEIGHTS]:
+        for tensor, name in read_json(folder / INDEX, source)["weight_map"].items():
+            if tensor not in headers[name]:
+                raise UserError(f"teacher {source}: {name} lacks the tensor {tensor}; fetch or copy the file again")
+    sizes: dict[str, int] = {}
+    rows = None
+    for tensors in headers.values():
+        for name, entry in tensors.items():
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + math.prod(entry["shape"])
+            if name.endswith(_EMBEDDINGS) and len(entry["shape"]) == 2:
+                rows = entry["shape"][0]
+    return Weights(
+        parameters=sum(sizes.values()),
+        embedding_rows=rows,
+        bytes=sum((folder / name).stat().st_size for name in names),
+        dtype=max(sizes, key=lambda dtype: sizes[dtype]),
+    )
+
+
+def check_tokenizer(folder: Path, source: str, rows: int, trust_remote_code: bool) -> Any:
+    """The teacher's tokenizer.
+
+    Args:
+        rows: how many tokens the model has embeddings for.
+
+    Raises:
+        UserError: it is missing or damaged, or has tokens that the model does not know.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"teacher {source}: the tokenizer is missing; tokenizer.json was expected beside config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"teacher {source}: the tokenizer cannot be loaded ({_first_line(error)})") from None
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest < 0:
+        raise UserError(f"teacher {source}: the tokenizer is empty; fetch or copy its files again")
+    if highest >= rows:
+        raise UserError(
+            f"teacher {source}: the tokenizer has token {highest}, the model embeddings for {rows} tokens only; "
+            "they do not belong together: give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,103 @@
+"""Initial feature maps from the teacher's own keys, so that attention transfer starts close to softmax attention.
+
+The columns of both maps are centres of clusters of keys, times the scale of the scores. Softmax over the features then
+gives a key its cluster and a query its attention over the clusters' centres, and their product is nearly the attention
+that the query pays to the key's cluster. Window factors (and decays) come from the error itself, per head; with
+`linear_factor: affine` they span every balance of the two parts, while with ``one`` the linear part, whose weights add
+up over all older tokens, cannot become as small as it should be.
+
+# B batch, T tokens, N keys, H query heads, Hk key/value heads, D head dim, F columns of a map
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lolcats_common.params import TransferParams
+from lolcats_core.model.attention import HybridContext
+from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.training.loop import step_batches
+from lolcats_kernels.hybrid_attention import hybrid_attention
+
+ROWS = 4
+KEYS = 4096  # that are clustered, of each head
+ITERATIONS = 10
+WINDOW_FACTORS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9998)
+
+
+def calibration_rows(rows: int, params: TransferParams, seed: int) -> np.ndarray:
+    """Indices of the rows that are looked at: the first that training will see."""
+    return step_batches(rows, params, seed, 0)[0][:ROWS]
+
+
+def key_clusters(keys: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Centres [count, D] of `keys` [N, D] by Lloyd's algorithm from random keys; an empty cluster keeps its centre."""
+    draw = torch.randperm(len(keys), generator=generator).to(keys.device)
+    keys = keys[draw[:KEYS]]
+    centres = keys[torch.arange(count, device=keys.device) % len(keys)].clone()
+    for _ in range(ITERATIONS):
+        nearest = torch.cdist(keys, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, keys)
+        members = nearest.bincount(minlength=count)[:, None]
+        centres = torch.where(members > 0, sums / members.clamp(min=1), centres)
+    return centres
+
+
+@torch.no_grad()
+def calibrate_layer(
+    index: int,
+    maps: FeatureMaps,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y_true: Tensor,
+    scores: Scores,
+    context: HybridContext,
+    *,
+    seed: int,
+) -> None:
+    """Set one layer's maps and window factors; a `TransferObserver` but for the seed.
+
+    Args:
+        q, y_true: [B, T, H, D]; `k`, `v`: [B, T, Hk, D]; of the linearized heads.
+    """
+    generator = torch.Generator().manual_seed(seed + index)
+    edges = context.cu_seqlens
+    if edges is not None:
+        q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
+    wide = k.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
+    key_maps = maps.w_q if maps.w_k is None else maps.w_k
+    served = len(key_maps) // k.shape[2]  # maps of each kv head
+    found = [key_clusters(wide[:, head // served], key_maps.shape[2], generator) for head in range(len(key_maps))]
+    w = torch.stack(found).mT * scores.scale
+    if maps.settings.feature_map_skip:
+        w = w - torch.eye(maps.head_dim, dtype=w.dtype, device=w.device)
+    key_maps.copy_(w)
+    maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
+
+    def errors() -> Tensor:
+        operands, options = maps.operands(scores)
+        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=edges))
+        return (y.float() - y_true.float()).square().mean((0, 1, 3))
+
+    def choose(factor: Tensor, values: tuple[float, ...]) -> None:
+        """The value with the least error for each entry of `factor`, which may serve several heads."""
+        found = []
+        for value in values:
+            factor.fill_(value).logit_()
+            found.append(errors().unflatten(0, (len(factor), -1)).mean(1))
+        factor.copy_(torch.tensor(values, device=w.device, dtype=factor.dtype)[torch.stack(found).argmin(0)].logit())
+
+    # The balance of both parts first: the best decay depends on it, and then it on the decay.
+    windowed = maps.settings.window != "none"
+    if windowed:
+        choose(maps.window_factor, WINDOW_FACTORS)
+    if maps.decay is not None:
+        choose(maps.decay, DECAYS)
+        if windowed:
+            choose(maps.window_factor, WINDOW_FACTORS)

@@ -1,0 +1,334 @@
+"""Stage 1 of a model that does not fit: layer after layer, each trained for all its epochs before the next is read.
+
+The layers' maps are independent given the teacher's hidden states, so one layer's weights and one buffer of hidden
+states are all that is needed (the published way stores every block's inputs). Training needs only the attention of a
+layer; its whole forward pass runs once, when the buffer moves on.
+
+Differences to the joint mode: the gradient norm is clipped, the rate lowered and the best step chosen for each layer
+by itself. With a constant or cosine schedule, no clipping and the last step as the best, the maps are the same to
+rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lolcats_common.errors import UserError
+from lolcats_common.files import atomic_file
+from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.params import TransferParams
+from lolcats_core.compute import distributed
+from lolcats_core.model.attention import look_away
+from lolcats_core.model.branches import window_dropout
+from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.modeling import empty_student, feature_maps
+from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
+from lolcats_core.streaming.layerwise import StopForward, Sweep
+from lolcats_core.streaming.stopwatch import Stopwatch
+from lolcats_core.streaming.weights import WeightFiles, without_weights
+from lolcats_core.training.attention_transfer import (
+    Errors,
+    HeadErrors,
+    LossObserver,
+    check_cross_entropy,
+    errors_of,
+    mean_losses,
+    mean_values,
+)
+from lolcats_core.training.calibration import calibrate_layer, calibration_rows
+from lolcats_core.training.hidden_rows import Calibration, HiddenRows
+from lolcats_core.training.loop import Rows, TrainResult, train
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedTransfer:
+    """Stage 1 by layers; see `streamed_attention_transfer`."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        names: dict[FeatureMaps, str],
+        calibration: Calibration,
+        params: TransferParams,
+        *,
+        scratch: Path,
+        seed: int,
+        log: Callable[[dict[str, float], int], None],
+        on_disk: bool,
+        stopwatch: Stopwatch,
+        block_bytes: int = BLOCK,
+    ) -> None:
+        self.sweep, self.calibration, self.params = sweep, calibration, params
+        self.scratch, self.seed, self.log, self.stopwatch = scratch, seed, log, stopwatch
+        self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
+        self.names = names
+        self.generator = torch.Generator().manual_seed(seed)
+        config = cast(Any, sweep.model.config)
+        self.make_buffer = lambda writer: HiddenBuffer(
+            len(calibration),
+            calibration.rows.sequence_length,
+            config.hidden_size,
+            sweep.dtype,
+            params.batch_size,
+            folder=scratch if on_disk else None,
+            device=sweep.device,
+            writer=writer,
+            block_bytes=block_bytes,
+        )
+
+    def run(self) -> None:
+        """Train every layer that is not trained yet."""
+        if distributed.is_main():
+            self.buffer = self.make_buffer(True)
+        distributed.barrier()
+        if not distributed.is_main():
+            self.buffer = self.make_buffer(False)
+            self.buffer.layer, self.buffer.done = -1, -1
+        self.buffer.layer, self.buffer.done = distributed.broadcast((self.buffer.layer, self.buffer.done))
+        if self.buffer.layer == 0 and not self.buffer.complete:
+            with self.stopwatch.part("embedding"), self.sweep.end("embedding"):
+                self._advance(0, self.sweep.embed)
+        last = max(self.maps)
+        for index in range(last + 1):
+            moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
+            initial = self._initial(index)
+            if self._done(index) and (moved_on or index == last):
+                continue
+            begun = dict(self.stopwatch.seconds)
+            with ExitStack() as stack:
+                with self.stopwatch.part("reading weights"):
+                    layer = stack.enter_context(self.sweep.layer(index))
+                if not self._done(index):
+                    if self.buffer.layer != index:
+                        raise UserError(f"{self._file(index)} is gone; delete {self.scratch} to start stage 1 again")
+                    with self.stopwatch.part("training"):
+                        self._train(index, layer, initial)
+                if index < last:
+                    with self.stopwatch.part("propagation"):
+                        self._propagate(index)
+            logger.info("layer %d took %s", index, self.stopwatch.since(begun))
+
+    def _initial(self, index: int) -> dict[str, Tensor]:
+        """Initial maps of a layer, the draws of `linearize`, which come in the order of the layers."""
+        if index not in self.maps:
+            return {}
+        maps = self.maps[index].to_empty(device="cpu")
+        maps.reset_parameters(self.generator)
+        values = {name: p.detach().clone() for name, p in maps.named_parameters()}
+        maps.to("meta")
+        return values
+
+    def _file(self, index: int) -> Path:
+        return self.scratch / f"layer_{index:03d}.safetensors"
+
+    def _result(self, index: int) -> Path:
+        return self.scratch / f"layer_{index:03d}.result.pt"
+
+    def _done(self, index: int) -> bool:
+        return index not in self.maps or distributed.broadcast(self._file(index).is_file())
+
+    def _train(self, index: int, layer: nn.Module, initial: dict[str, Tensor]) -> None:
+        maps, sweep, params = self.maps[index], self.sweep, self.params
+        wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
+        for name, value in initial.items():
+            maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
+        rows = HiddenRows(self.calibration, self.buffer, index)
+
+        def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
+            def observe(*arguments: Any) -> None:
+                observer(*arguments)
+                raise StopForward
+
+            sweep.forward_layer(index, batch["hidden"], batch, observe)
+
+        def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
+            observer = LossObserver(len(self.maps), params, scale)
+            with window_dropout(maps, 0.0 if scale is None else params.window_dropout):
+                show(batch, observer)
+            return observer.scalars()
+
+        def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(sweep.device, non_blocking=True) for name, value in batch.items()}
+
+        def held_out_errors(indices: np.ndarray) -> dict[str, Tensor]:
+            observer = HeadErrors()
+            show(on_device(rows.held_out(indices)), observer)
+            return observer.values
+
+        def evaluate() -> dict[str, float]:
+            with self.stopwatch.part("validation"):
+                return mean_losses(lambda i: losses(on_device(rows.held_out(i))), validation, params.batch_size)
+
+        validation = self.calibration.validation
+        if maps.settings.feature_map_init == "calibrated":
+            first = rows.batch(calibration_rows(len(rows), params, self.seed))
+            show(on_device(first), functools.partial(calibrate_layer, seed=self.seed))
+
+        own_scratch = self.scratch / f"layer_{index:03d}"
+        result = train(
+            trainable=dict(maps.named_parameters()),
+            step=losses,
+            rows=rows,
+            params=params,
+            evaluate=evaluate,
+            scratch=own_scratch,
+            seed=self.seed,
+            device=sweep.device,
+            log=lambda metrics, step: self.log(_of_layers(metrics), step),
+            label=f"attention transfer, layer {index} (of {len(sweep.layers)})",
+        )
+        with self.stopwatch.part("validation"):
+            errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
+        if distributed.is_main():
+            tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
+            with atomic_file(self._result(index)) as partial:
+                torch.save({"result": vars(result), "errors": errors}, partial)
+            with atomic_file(self._file(index)) as partial:
+                save_file(tensors, partial)
+            shutil.rmtree(own_scratch, ignore_errors=True)
+        distributed.barrier()
+
+    def _propagate(self, index: int) -> None:
+        """Overwrite the inputs of layer `index` with those of the next."""
+        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, look_away))
+
+    def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
+        buffer, device = self.buffer, self.sweep.device
+        blocks = buffer.next_block(target)
+        groups = [self.calibration.groups(buffer.block_rows(block), self.params.batch_size) for block in blocks]
+        parts = [[mine for mine, share in map(distributed.part, batches) if share] for batches in groups]
+        following = iter([mine for batches in parts for mine in batches][1:])
+        for block, batches in zip(blocks, parts, strict=True):
+            for mine in batches:
+                if target:
+                    batch = {**self.calibration.positions(mine), "hidden": buffer.read(target - 1, mine)}
+                    # Inputs of the block after this one stay where they are until that one is written.
+                    after = next(following, None)
+                    if after is not None:
+                        buffer.expect(target - 1, after)
+                else:
+                    batch = self.calibration.batch(mine)
+                out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+                buffer.write(target, mine, cast(Tensor, out))
+            buffer.settle()
+            distributed.barrier()
+            buffer.commit(target, block)
+            distributed.barrier()
+
+    def collect(self) -> tuple[dict[str, Tensor], TrainResult, Errors]:
+        """Every layer's maps by their names in the model, the run as the joint mode would tell it, and the errors."""
+        tensors: dict[str, Tensor] = {}
+        results, errors = [], Errors()
+        for index, maps in self.maps.items():
+            tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
+            saved = torch.load(self._result(index), weights_only=True)
+            results.append(TrainResult(**saved["result"]))
+            errors |= saved["errors"]
+        return tensors, _merged(results), errors
+
+
+def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
+    """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
+    return {name: value for name, value in metrics.items() if "layer_" in name}
+
+
+def _merged(results: list[TrainResult]) -> TrainResult:
+    """The layers' runs as one: losses (each a share of the mean over layers) add up at equal steps."""
+    entries: dict[tuple[float, bool], dict[str, float]] = {}
+    for result in results:
+        for entry in result.history:
+            key = (entry["step"], "train_loss" not in entry)
+            merged = entries.setdefault(key, {"step": entry["step"]})
+            for name, value in entry.items():
+                if name.endswith("loss"):
+                    merged[name] = merged.get(name, 0.0) + value
+                elif "layer_" in name or name == "lr":
+                    merged[name] = value
+    history = [entries[key] for key in sorted(entries)]
+    return TrainResult(
+        steps=max(result.steps for result in results),
+        tokens=max(result.tokens for result in results),
+        seconds=sum(result.seconds for result in results),
+        best_loss=sum(result.best_loss for result in results),
+        best_step=max(result.best_step for result in results),
+        history=history,
+    )
+
+
+def streamed_attention_transfer(
+    folder: Path | str,
+    config: PreTrainedConfig,
+    settings: LinearizeConfig,
+    rows: Rows,
+    validation: Rows,
+    params: TransferParams,
+    *,
+    scratch: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    on_disk: bool = True,
+    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    stopwatch: Stopwatch | None = None,
+    block_bytes: int = BLOCK,
+) -> tuple[dict[str, Tensor], TrainResult, Errors]:
+    """Stage 1 with one layer of the teacher in memory at a time.
+
+    Args:
+        folder: the teacher's safetensors files; `config`: its configuration.
+        settings: of the linearization; feature maps start as `linearize` makes them with `seed`.
+        scratch: directory of finished layers, the step checkpoint and the buffer; the same one continues a killed run.
+        on_disk: keep the hidden states in a file there, where a killed run finds them; in memory they are computed
+            again up to the layer that was being trained.
+        stopwatch: takes the seconds of each part of the work.
+
+    Returns:
+        Every feature map by its name in the student, on the CPU, what the run did, and what `head_errors` of the joint
+        mode measures.
+
+    Raises:
+        UserError: the model cannot be linearized, its files are damaged, nothing is to be trained, or the buffer does
+            not fit on the disk.
+    """
+    check_cross_entropy(rows, params)
+    if distributed.world() > 1 and not on_disk:
+        raise UserError("`transfer.buffer` must be disk with several processes, which share its file, got memory")
+    student = without_weights(lambda: empty_student(config, settings))
+    names = {maps: name for name, maps in feature_maps(student).items()}
+    if not names:
+        raise UserError("attention transfer: nothing to train; every layer keeps its softmax attention")
+    if len(rows) == 0:
+        raise UserError("attention transfer: there are no training rows")
+    sweep = Sweep(student, WeightFiles(folder), device, dtype)
+    try:
+        calibration = Calibration.plan(rows, validation, params, seed)
+        work = StreamedTransfer(
+            sweep,
+            names,
+            calibration,
+            params,
+            scratch=scratch,
+            seed=seed,
+            log=log,
+            on_disk=on_disk,
+            stopwatch=stopwatch or Stopwatch(device),
+            block_bytes=block_bytes,
+        )
+        work.run()
+        distributed.barrier()
+        return work.collect()
+    finally:
+        sweep.close()

@@ -1,0 +1,86 @@
+"""Commits that hold dvc.lock and params.yaml of a finished run, made without touching index, HEAD or working tree.
+
+A commit appears as a whole or not at all, whenever the process that makes it is killed. A ref keeps it and, through
+it, what `dvc gc` must not remove.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lolcats_common.errors import UserError
+
+ATTEMPTS = 5
+KEPT = ("dvc.lock", "params.yaml")
+IDENTITY = {"NAME": "lolcats", "EMAIL": "lolcats@localhost"}
+
+
+def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """Standard output of a git command.
+
+    Raises:
+        UserError: it failed; the message is git's last line.
+    """
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(env or {})},
+    )
+    if done.returncode:
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise UserError(f"`git {' '.join(arguments)}` failed: {lines[-1] if lines else done.returncode}")
+    return done.stdout.strip()
+
+
+def identity(root: Path) -> dict[str, str]:
+    """Environment with a name for commits where the machine has none."""
+    try:
+        git(root, "config", "user.email")
+        git(root, "config", "user.name")
+    except UserError:
+        return {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in IDENTITY.items()}
+    return {}
+
+
+def keep_lock(root: Path, ref: str, message: str = "Results of a run") -> str | None:
+    """Commit HEAD's tree with this dvc.lock and params.yaml and point `ref` at it; the commit's id.
+
+    What `ref` pointed at before becomes a second parent. None outside a git checkout with a commit.
+    """
+    head = _commit_of(root, "HEAD")
+    if head is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="lolcats-index-") as temporary:
+        index = {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
+        git(root, "read-tree", head, env=index)
+        for name in KEPT:
+            blob = git(root, "hash-object", "-w", "--no-filters", "--", name)
+            git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", env=index)
+        tree = git(root, "write-tree", env=index)
+    for attempt in range(ATTEMPTS):
+        before = _commit_of(root, ref)
+        if before:
+            same = git(root, "rev-parse", f"{before}^{{tree}}") == tree
+            if same and git(root, "merge-base", head, before) == head:
+                return before
+        parents = [part for parent in (head, before) if parent for part in ("-p", parent)]
+        commit = git(root, "commit-tree", tree, *parents, "-m", message, env=identity(root))
+        try:
+            git(root, "update-ref", ref, commit, before or "0" * 40)
+            return commit
+        except UserError:  # another process moved it in the meantime
+            if attempt == ATTEMPTS - 1:
+                raise
+    return None
+
+
+def _commit_of(root: Path, ref: str) -> str | None:
+    try:
+        return git(root, "rev-parse", "--verify", f"{ref}^{{commit}}")
+    except UserError:
+        return None

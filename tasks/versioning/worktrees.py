@@ -1,0 +1,163 @@
+"""Runs with overridden parameters: a git worktree each, so that the developer's own checkout stays as it is.
+
+The worktree lies under .worktrees/, holds HEAD with the overrides written into its params.yaml, shares DVC's cache and
+the MLflow store with the main checkout, and its result is saved as a DVC experiment that `dvc exp show` lists there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lolcats_common.errors import UserError
+from lolcats_common.files import sha256_json, write_text
+from lolcats_common.params import Params, apply_overrides, params_from_dict, read_preset, read_yaml
+from tasks.runner.mlflow_run import git_state, tracking_uri
+from tasks.runner.stage import RESULTS_VARIABLE
+from tasks.versioning import dvc_graph
+from tasks.versioning.lock_commits import git, identity
+
+logger = logging.getLogger(__name__)
+SOURCES_VARIABLE = "LOLCATS_SOURCES"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A worktree with its parameters. `environment`: what its stages need in addition."""
+
+    name: str
+    root: Path
+    params: Params
+    environment: dict[str, str]
+
+
+def overrides(preset: str | None, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The preset with `values` laid over it; nested.
+
+    Raises:
+        ParamsError: no preset has that name.
+    """
+    return apply_overrides(read_preset(preset) if preset else {}, dict(values or {}))
+
+
+def overridden(root: Path, base: dict[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Params]:
+    """`base` with the overrides, as plain values and checked; local paths are taken from `root` and made absolute.
+
+    Raises:
+        ParamsError: a key is unknown, ill-typed or out of range.
+    """
+    merged = apply_overrides(base, dict(chosen))
+    params = params_from_dict(merged, source="params.yaml with the overrides")
+    for section, source in (("teacher", params.teacher.source), ("data", params.data.source)):
+        merged.setdefault(section, {})["source"] = _absolute(root, source)
+    return merged, params_from_dict(merged, source="params.yaml with the overrides")
+
+
+def _absolute(root: Path, source: str) -> str:
+    """A relative path of the main checkout as an absolute one; anything else (``builtin``, a hub id) as it is."""
+    if source == "builtin" or Path(source).is_absolute():
+        return source
+    local = source.startswith(".") or (root / source).exists() or any(root.glob(source))
+    return os.path.normpath(root / source) if local else source
+
+
+def confine(root: Path, values: Mapping[str, Any] | None) -> None:
+    """Hold what a run that somebody started over Prefect's API overrides against what this machine's owner allows.
+
+    Files are read from the project and from the directories that `LOLCATS_SOURCES` names (joined by ``:``); a teacher's
+    own code runs only where params.yaml trusts it.
+
+    Raises:
+        UserError: an override asks for more.
+    """
+    chosen = apply_overrides({}, dict(values or {}))
+    allowed = [root, *(Path(place) for place in os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep) if place)]
+    for section, key in (("teacher", "source"), ("data", "source"), ("relinearize", "drift_source")):
+        source = chosen.get(section, {}).get(key)
+        if source is not None:
+            path = (root / str(source)).resolve()
+            if not any(path.is_relative_to(place.resolve()) for place in allowed):
+                raise UserError(f"`{section}.{key}` leads out of the project and of {SOURCES_VARIABLE}: {source}")
+    own = read_yaml(root / "params.yaml").get("teacher", {})
+    teacher = {**own, **chosen.get("teacher", {})}
+    trusted = own.get("trust_remote_code") and teacher.get("source") == own.get("source")
+    if teacher.get("trust_remote_code") and not trusted:
+        raise UserError(
+            f"`teacher.trust_remote_code` of {teacher.get('source')} must stand in the project's params.yaml"
+        )
+
+
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Experiment:
+    """Make, or bring back, the worktree for these overrides; `name` instead of one made of them.
+
+    Raises:
+        UserError: the overrides are wrong, or the project is no git checkout with a commit.
+    """
+    chosen = overrides(preset, values)
+    overridden(root, read_yaml(root / "params.yaml"), chosen)
+    commit, dirty = git_state(root, besides=("dvc.lock",))
+    if commit == "unknown":
+        raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
+    if dirty:
+        logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
+    name = (name or f"{preset or 'set'}-{sha256_json(chosen)[:8]}").replace("_", "-")
+    worktree = root / ".worktrees" / name
+    _checkout(root, worktree, commit)
+    head = yaml.safe_load(git(worktree, "show", "HEAD:params.yaml"))
+    merged, params = overridden(root, head, chosen)
+    write_text(worktree / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
+    _share_cache(root, worktree)
+    return Experiment(name, worktree, params, _environment(root, worktree))
+
+
+def _checkout(root: Path, worktree: Path, commit: str) -> None:
+    if (worktree / ".git").exists():
+        try:
+            if git(worktree, "rev-parse", "HEAD") == commit:
+                return
+            git(worktree, "checkout", "--force", "--detach", commit)
+            return
+        except UserError:
+            logger.warning("%s is damaged and is made anew", worktree)
+            shutil.rmtree(worktree)
+    elif worktree.exists():
+        shutil.rmtree(worktree)
+    git(root, "worktree", "prune")
+    git(root, "worktree", "add", "--detach", str(worktree), commit)
+
+
+def _share_cache(root: Path, worktree: Path) -> None:
+    local = root / ".dvc" / "config.local"
+    if local.is_file():
+        shutil.copy(local, worktree / ".dvc" / "config.local")
+    cache = (root / dvc_graph.run_dvc(root, "cache", "dir").strip()).resolve()
+    dvc_graph.run_dvc(worktree, "cache", "dir", "--local", str(cache))
+
+
+def _environment(root: Path, worktree: Path) -> dict[str, str]:
+    """Stages import the worktree's own code: `lolcats_kernels` too, whose folder has another name."""
+    imports = worktree / ".scratch" / "imports"
+    imports.mkdir(parents=True, exist_ok=True)
+    link = imports / "lolcats_kernels"
+    if not link.is_symlink():
+        link.symlink_to(worktree / "kernels", target_is_directory=True)
+    path = [str(worktree), str(imports), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(part for part in path if part),
+        "MLFLOW_TRACKING_URI": tracking_uri(root),
+        RESULTS_VARIABLE: str(root / ".scratch" / "results"),
+    }
+
+
+def save(experiment: Experiment) -> None:
+    """Save the worktree's result as a DVC experiment of its commit; a newer result replaces an older one."""
+    dvc_graph.run_dvc(
+        experiment.root, "exp", "save", "--force", "--name", experiment.name, env=identity(experiment.root)
+    )

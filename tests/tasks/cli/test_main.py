@@ -1,0 +1,136 @@
+"""The program `lolcats`: quick help, and one line and exit code 1 for whatever a person can get wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tasks.cli.main import app
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def here(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory is the fake project, and `run` stays in this process."""
+    monkeypatch.chdir(fake_project)
+    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
+    (fake_project / "mlflow.db").unlink()
+    return fake_project
+
+
+def refused(*arguments: str) -> str:
+    """The single line of an invocation that must fail with exit code 1."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 1, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_comes_without_loading_torch() -> None:
+    code = (
+        "import sys, tasks.cli.main; print('torch' in sys.modules, 'prefect' in sys.modules, 'mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False", "False"]
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "tasks.cli.main", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert time.monotonic() - started < 10
+    for command in (
+        "run",
+        "status",
+        "generate",
+        "chat",
+        "register",
+        "export",
+        "compare",
+        "ablate",
+        "frontier",
+        "doctor",
+        "promote",
+        "rollback",
+        "lineage",
+        "gc",
+        "teacher",
+    ):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "finetune.lrr=0.1"], "`finetune.lrr` (did you mean `finetune.lr`?)"),
+        (["--set", "finetun.lr=0.1"], "`finetun` (did you mean `finetune`?)"),
+        (["--set", "finetune.lr=quick"], "`finetune.lr` must be a finite number"),
+        (["--set", "finetune.lr=-1"], "`lr` must be greater than 0"),
+        (["--set", "finetune.lr=.nan"], "`finetune.lr` must be a finite number"),
+        (["--set", "finetune.lr"], "KEY=VALUE"),
+        (["--set", "finetune.lr=[1"], "not valid YAML"),
+        (["--preset", "llama9"], "unknown preset 'llama9'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_wrong_overrides_are_refused_before_anything_runs(
+    here: Path, command: str, arguments: list[str], said: str
+) -> None:
+    assert said in refused(command, *arguments)
+    assert not (here / "mlflow.db").exists()
+    assert not (here / ".worktrees").exists()
+    assert not (here / "outputs").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"seed: [", b"\xff\xfe\x00", b"- 1\n", b"sed: 0\n", b"seed: nan\n"])
+def test_a_broken_params_yaml_is_refused_in_one_line(here: Path, content: bytes) -> None:
+    (here / "params.yaml").write_bytes(content)
+    assert "params.yaml" in refused("run")
+    assert not (here / "mlflow.db").exists()
+
+
+def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
+    for command in (
+        ["run"],
+        ["status"],
+        ["register"],
+        ["doctor"],
+        ["generate", "x"],
+        ["chat"],
+        ["export"],
+        ["promote"],
+        ["gc"],
+    ):
+        assert "is not in a project" in refused(*command)
+
+
+def test_generating_without_a_model_says_what_to_do(here: Path) -> None:
+    assert "run `lolcats run` first" in refused("generate", "x")
+    assert "registered version" in refused("generate", "x", "--model", "candidate")
+    (here / "empty").mkdir()
+    assert "no config.json or delta.json" in refused("generate", "x", "--model", "empty")
+
+
+def test_a_damaged_model_is_one_line(here: Path) -> None:
+    (here / "damaged").mkdir()
+    (here / "damaged" / "config.json").write_text("{")
+    assert "does not load" in refused("generate", "x", "--model", "damaged")
+
+
+def test_registering_before_a_run_says_what_to_do(here: Path) -> None:
+    assert "outputs/finetune/model is missing" in refused("register")
+    assert not (here / "mlflow.db").exists()
+
+
+def test_status_of_a_fresh_project(here: Path) -> None:
+    result = CliRunner().invoke(app, ["status"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("would run") == 5
+    assert "not registered yet" in result.output

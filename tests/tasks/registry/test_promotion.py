@@ -1,0 +1,194 @@
+"""Aliases and gates on a real registry: nothing serves that did not pass, or whose bytes are not those registered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lolcats_common.errors import Unavailable, UserError
+from lolcats_common.params import GatesParams, load_params
+from tasks.registry import gate_probe, lineage, promotion, register
+from tasks.registry.promotion import CHALLENGER, CHAMPION, PREVIOUS, alias_version, examine, promote, rollback
+from tasks.runner.mlflow_run import connect
+from tests.conftest import run_git
+from tests.tasks.conftest import set_model
+
+NAME = "lolcats-demo"
+UNPROBED = GatesParams(**dict.fromkeys(("loads", "recurrent", "left_padding", "speed", "memory"), "disabled"))
+
+
+def add(root: Path, md5: str, student: float = 12.0) -> str:
+    """Register one more version, whose student has this perplexity; its number."""
+    file = root / "outputs" / "evaluate" / "evaluation.json"
+    values = json.loads(file.read_text())
+    values["perplexity"]["finetuned"] = student
+    file.write_text(json.dumps(values))
+    set_model(root, md5)
+    return register.register(root, load_params(root / "params.yaml")).version
+
+
+def aliases(root: Path) -> dict[str, str]:
+    client = connect(root)
+    found = {alias: alias_version(client, NAME, alias) for alias in (CHALLENGER, CHAMPION, PREVIOUS)}
+    return {alias: str(version.version) for alias, version in found.items() if version is not None}
+
+
+def stored(root: Path, number: str) -> Path:
+    client = connect(root)
+    with register.stored_model(client, client.get_model_version(NAME, number)) as path:
+        return path
+
+
+def serve(root: Path, md5: str, student: float = 12.0) -> str:
+    number = add(root, md5, student)
+    assert examine(root, NAME, UNPROBED, number).passed
+    return promote(root, NAME, number)
+
+
+@pytest.mark.slow
+def test_the_gates_load_the_stored_model_and_see_what_is_wrong_with_it(finished: Path) -> None:
+    number = add(finished, "m1")
+    report = examine(finished, NAME, GatesParams(max_logit_difference=1e-4), "candidate")
+    assert report.passed, report.reasons
+    assert aliases(finished) == {CHALLENGER: number}
+    client = connect(finished)
+    run = client.get_model_version(NAME, number).run_id
+    assert {item.path for item in client.list_artifacts(run, "gates")} == {
+        f"gates/version-{number}.{suffix}" for suffix in ("md", "json")
+    }
+    weights = stored(finished, number) / "artifacts" / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="not those that were registered"):
+        examine(finished, NAME, GatesParams(), number)
+
+
+def test_a_pickle_in_a_registered_model_is_never_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    gate_probe.check_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
+        gate_probe.check_files(tmp_path)
+
+
+def test_a_worse_version_is_refused_and_a_better_one_takes_over_and_back(finished: Path) -> None:
+    assert serve(finished, "m1") == "1"
+    assert aliases(finished) == {CHAMPION: "1"}
+    worse = add(finished, "m2", 12.5)
+    report = examine(finished, NAME, UNPROBED, worse)
+    assert report.reasons == ["regression: student's perplexity over the teacher's is 1.25, the bound is at most 1.224"]
+    with pytest.raises(UserError, match="version 2 did not pass its gates: regression"):
+        promote(finished, NAME, worse)
+    assert aliases(finished) == {CHAMPION: "1"}
+    assert serve(finished, "m3", 11.0) == "3"
+    assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "1"}
+    assert promote(finished, NAME, "3") == "3"
+    assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "1"}
+    assert rollback(finished, NAME) == ("1", "3")
+    assert aliases(finished) == {CHAMPION: "1", PREVIOUS: "3"}
+    assert rollback(finished, NAME) == ("3", "1")
+
+
+def test_what_cannot_serve_is_refused_in_one_line(finished: Path) -> None:
+    with pytest.raises(UserError, match="no version or alias 'challenger'"):
+        promote(finished, NAME)
+    first = add(finished, "m1")
+    with pytest.raises(UserError, match="was not examined; run `lolcats gates 1` first"):
+        promote(finished, NAME, first)
+    serve(finished, "m2")
+    with pytest.raises(UserError, match="no previous champion"):
+        rollback(finished, NAME)
+    serve(finished, "m3")
+    shutil.rmtree(stored(finished, "2"))
+    with pytest.raises(UserError, match="version 2 are missing from the store"):
+        rollback(finished, NAME)
+    assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "2"}
+    client = connect(finished)
+    client.delete_model_version_tag(NAME, first, register.COMPLETE)
+    with pytest.raises(UserError, match="registration was cut short"):
+        examine(finished, NAME, UNPROBED, first)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_a_rollback_that_was_cut_short_is_completed_by_whoever_comes_next(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    from mlflow import MlflowClient
+
+    serve(finished, "m1")
+    serve(finished, "m2")
+    real, done = MlflowClient.set_registered_model_alias, []
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", interrupted)
+        patch.setattr(MlflowClient, "delete_registered_model_tag", lambda *a: interrupted() if calls == 2 else None)
+        with pytest.raises(KeyboardInterrupt):
+            rollback(finished, NAME)
+    # What comes next is a rollback: the first one counts as done, so this one goes forward again.
+    assert rollback(finished, NAME) == ("2", "1")
+    assert aliases(finished) == {CHAMPION: "2", PREVIOUS: "1"}
+
+
+def test_two_writers_of_one_model_make_one_version(finished: Path) -> None:
+    set_model(finished, "m1")
+    params = load_params(finished / "params.yaml")
+    connect(finished)
+    found: list[str] = []
+    both = threading.Barrier(2)
+
+    def write() -> None:
+        both.wait()
+        for _ in range(5):  # as the flow's task does
+            with contextlib.suppress(Unavailable):
+                found.append(register.register(finished, params).version)
+                return
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(set(found)) == 1
+    assert len(found) == 2
+    (version,) = connect(finished).search_model_versions(f"name = '{NAME}'")
+    assert version.tags[register.COMPLETE] == "complete"
+
+
+def test_a_store_that_does_not_answer_is_said_to_be_so(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise MlflowException("connection refused")
+
+    serve(finished, "m1")
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", refuse)
+    with pytest.raises(Unavailable, match="connection refused"):
+        promote(finished, NAME)
+
+
+def test_lineage_leads_to_the_commit_that_holds_dvc_lock(finished: Path) -> None:
+    serve(finished, "m1")
+    version = connect(finished).get_model_version(NAME, "1")
+    commit = version.tags["lock.commit"]
+    assert run_git(finished, "show", f"{commit}:dvc.lock") == (finished / "dvc.lock").read_text()
+    assert run_git(finished, "rev-parse", f"{commit}^").strip() == version.tags["git.commit"]
+    assert run_git(finished, "status", "--porcelain") == "?? dvc.lock\n"
+    page = lineage.lineage(finished, NAME, CHAMPION)
+    for expected in (commit, "run.finetune", "r-finetune", "dvc.md5.finetune", "params.yaml", "gates: passed"):
+        assert expected in page
+    assert promotion.standing(finished, NAME, "1").aliases == ("candidate", CHAMPION)

@@ -1,0 +1,77 @@
+"""The final table and reports/summary.json hold the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lolcats_common.errors import UserError
+from tasks.registry.register import RegisteredVersion
+from tasks.reporting import summary
+from tasks.versioning.dvc_graph import Reproduced
+
+EVALUATION: dict[str, Any] = {
+    "perplexity": {"teacher": 8.0, "swapped": 1600.0, "transferred": 16.0, "finetuned": 10.0, "bigram": 300.0},
+    "recall": {
+        "teacher": {"128": {"value": 0.9, "stderr": 0.02}, "256": {"value": 0.8, "stderr": None}},
+        "finetuned": {"128": {"value": 0.1, "stderr": 0.03}, "256": {"value": 0.05, "stderr": 0.01}},
+    },
+    "tasks": {
+        "code_continuation": {
+            "metric": "acc",
+            "teacher": {"value": 0.75, "stderr": 0.043},
+            "finetuned": {"value": 0.7, "stderr": 0.046},
+            "items": 100,
+        }
+    },
+    "lm_eval_version": "0.4.13",
+    "task_hashes": {},
+}
+STAGES = [Reproduced("finetune", "ran", 12.0), Reproduced("evaluate", "restored", 1.0)]
+VERSION = RegisteredVersion("lolcats-demo", "4", "candidate", True, "run")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Outputs of two stages."""
+    for stage, metrics in {
+        "finetune": {"stage_seconds": 99.6, "tokens": 400000, "trainable_parameters": 20, "total_parameters": 1000},
+        "evaluate": {"stage_seconds": 30.2},
+    }.items():
+        (tmp_path / "outputs" / stage).mkdir(parents=True)
+        (tmp_path / "outputs" / stage / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "outputs" / "evaluate" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    return tmp_path
+
+
+def test_the_table_shows_every_number_that_the_report_holds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = summary.build(root, STAGES, VERSION, "parent", "set-1")
+    report = json.loads(summary.write(root, built).read_text())
+    assert report["perplexity"] == EVALUATION["perplexity"]
+    assert report["perplexity_ratio"]["finetuned"] == 1.25
+    assert report["recall"] == EVALUATION["recall"]
+    assert report["stages"]["finetune"]["trainable_share"] == 0.02
+    assert report["stages"]["evaluate"] == {"state": "restored", "seconds": 30.2, "wall_seconds": 1.0}
+    assert report["registered"]["uri"] == "models:/lolcats-demo/4"
+    summary.show(built)
+    shown = capsys.readouterr().out
+    for text in ("1,600", "200x", "1.25x", "0.900 ± 0.020", "0.100 ± 0.030", "0.750 ± 0.043", "2.00 %", "400,000"):
+        assert text in shown
+    for text in ("100", "30", "ran", "reused", "lolcats-demo version 4, alias candidate", "Reused: evaluate", "set-1"):
+        assert text in shown
+    for command in ("mlflow ui", "prefect server start", "lolcats generate", "lolcats doctor --preset llama3_1_8b"):
+        assert command in shown
+    assert "| perplexity, after low-rank finetuning |  | 10 | 1.25x |" in summary.markdown(built)
+    assert summary.headline(built)["recall/finetuned/gap_128"] == 0.1
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1]"])
+def test_missing_or_damaged_results_are_named(root: Path, content: str | None) -> None:
+    path = root / "outputs" / "evaluate" / "evaluation.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json"):
+        summary.build(root, STAGES)
+    assert not (root / summary.REPORT).exists()

@@ -1,0 +1,168 @@
+"""The stage harness: atomic outputs, resume after a kill, one line for the user, one MLflow run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lolcats_common.errors import UserError
+from lolcats_common.params import load_params
+from tasks.runner.mlflow_run import connect
+from tasks.runner.stage import STATE, Stage, Terminated, execute, scratch_key
+from tests.tasks.processes import start, wait_for_text
+
+Run = Callable[[Stage], Mapping[str, float]]
+
+
+def runs(root: Path) -> list:
+    return connect(root).search_runs(["1"])
+
+
+def scratch(root: Path, name: str) -> Path:
+    return root / ".scratch" / name / scratch_key(name, root, load_params(root / "params.yaml"))
+
+
+def succeed(stage: Stage) -> Mapping[str, float]:
+    (stage.out / "result.txt").write_text("done")
+    stage.log_metrics({"loss": 0.5}, step=1)
+    return {"tokens": 7}
+
+
+def test_outputs_metrics_and_run_appear_together_and_the_scratch_goes(fake_project: Path) -> None:
+    assert execute(succeed, "teacher", fake_project) == 0
+    out = fake_project / "outputs" / "teacher"
+    metrics, run = (json.loads((out / name).read_text()) for name in ("metrics.json", "run.json"))
+    assert metrics["tokens"] == 7
+    assert metrics["stage_seconds"] >= 0
+    (tracked,) = runs(fake_project)
+    assert (tracked.info.run_id, tracked.info.status) == (run["run_id"], "FINISHED")
+    assert tracked.data.params["finetune.lr"] == "0.001"
+    assert tracked.data.metrics["loss"] == 0.5
+    assert not (fake_project / ".scratch" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (UserError("`x` must be 1,\n got 2"), 1, "FAILED"),
+        (Terminated(), 143, "KILLED"),
+        (KeyboardInterrupt(), 130, "KILLED"),
+    ],
+)
+def test_a_stage_that_does_not_end_well_leaves_no_output_and_keeps_its_scratch(
+    fake_project: Path, error: BaseException, code: int, status: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(stage: Stage) -> Mapping[str, float]:
+        (stage.out / "half").write_text("half")
+        (stage.scratch / "checkpoint").write_text("3")
+        raise error
+
+    assert execute(fail, "teacher", fake_project) == code
+    assert list((fake_project / "outputs").iterdir()) == []
+    assert (scratch(fake_project, "teacher") / "checkpoint").read_text() == "3"
+    assert [run.info.status for run in runs(fake_project)] == [status]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "Traceback" not in lines[0]
+
+    assert execute(succeed, "teacher", fake_project) == 0
+    (resumed,) = runs(fake_project)
+    assert resumed.info.status == "FINISHED"
+
+
+def test_a_defect_keeps_its_traceback_and_fails_the_run(fake_project: Path) -> None:
+    def broken(stage: Stage) -> Mapping[str, float]:
+        raise ZeroDivisionError("defect")
+
+    with pytest.raises(ZeroDivisionError):
+        execute(broken, "teacher", fake_project)
+    assert [run.info.status for run in runs(fake_project)] == ["FAILED"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"run_id": 1}', b"\xff\xfe", b'{"run_id": "gone", "seconds": 1}']
+)
+def test_damaged_resume_state_is_replaced(fake_project: Path, content: bytes) -> None:
+    directory = scratch(fake_project, "teacher")
+    directory.mkdir(parents=True)
+    (directory / STATE).write_bytes(content)
+    assert execute(succeed, "teacher", fake_project) == 0
+    assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
+
+
+def test_a_metric_that_is_not_finite_fails_the_stage(fake_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert execute(lambda stage: {"loss": float("nan")}, "teacher", fake_project) == 1
+    assert "`loss` is nan" in capsys.readouterr().err
+    assert not (fake_project / "outputs" / "teacher").exists()
+
+
+def test_a_missing_input_names_the_command(fake_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def reader(stage: Stage) -> Mapping[str, float]:
+        stage.input("prepare")
+        return {}
+
+    assert execute(reader, "teacher", fake_project) == 1
+    assert "outputs/prepare is missing" in capsys.readouterr().err
+
+
+def test_the_scratch_follows_exactly_what_the_stage_depends_on(fake_project: Path) -> None:
+    params = load_params(fake_project / "params.yaml")
+    key = scratch_key("teacher", fake_project, params)
+    other_lr = replace(params, finetune=replace(params.finetune, lr=0.5))
+    assert scratch_key("teacher", fake_project, other_lr) == key
+    assert scratch_key("teacher", fake_project, replace(params, seed=5)) != key
+    (fake_project / "stages" / "fake.py").write_text("changed")
+    assert scratch_key("teacher", fake_project, params) != key
+
+
+def test_unknown_stages_and_parameters_in_dvc_yaml_are_named(fake_project: Path) -> None:
+    params = load_params(fake_project / "params.yaml")
+    with pytest.raises(UserError, match="no stage 'nothing'"):
+        scratch_key("nothing", fake_project, params)
+    text = (fake_project / "dvc.yaml").read_text()
+    (fake_project / "dvc.yaml").write_text(text.replace("[seed, teacher]", "[transfer.rate]"))
+    with pytest.raises(UserError, match=r"`transfer\.rate`"):
+        scratch_key("teacher", fake_project, params)
+
+
+def test_a_store_of_files_is_refused_in_one_line(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
+    assert execute(succeed, "teacher", fake_project) == 1
+    assert "sqlite:///mlflow.db" in capsys.readouterr().err
+
+
+def test_a_damaged_store_is_told_in_one_line(fake_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
+    assert execute(succeed, "teacher", fake_project) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_continues_in_the_same_run(fake_project: Path, tmp_path: Path, number: signal.Signals) -> None:
+    (fake_project / "pause.txt").write_text("1")
+    log = tmp_path / "log"
+    process = start(fake_project, log, "stages/fake.py", "teacher")
+    wait_for_text(log, "step 3")
+    process.send_signal(number)
+    assert process.wait(30) == (143 if number == signal.SIGTERM else -9)
+    assert not (fake_project / "outputs" / "teacher").exists()
+    (run,) = runs(fake_project)
+    assert run.info.status == ("KILLED" if number == signal.SIGTERM else "RUNNING")
+
+    (fake_project / "pause.txt").write_text("0")
+    assert start(fake_project, log, "stages/fake.py", "teacher").wait(60) == 0
+    metrics = json.loads((fake_project / "outputs" / "teacher" / "metrics.json").read_text())
+    assert metrics["started_at"] >= 3
+    (run,) = runs(fake_project)
+    assert run.info.status == "FINISHED"
+    steps = [point.step for point in connect(fake_project).get_metric_history(run.info.run_id, "loss")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 8

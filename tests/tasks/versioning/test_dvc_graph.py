@@ -1,0 +1,109 @@
+"""The graph comes from DVC, and a stage that is ended leaves no process behind."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tasks.versioning import dvc_graph
+from tests.tasks.processes import processes_in, start, wait_for, wait_for_text
+
+SHELL_DVC = """stages:
+  last:
+    cmd: mkdir -p outputs/last && cp outputs/first/x outputs/last/x
+    deps: [outputs/first/x]
+    outs: [outputs/last]
+  first:
+    cmd: echo hello && mkdir -p outputs/first && cp source.txt outputs/first/x
+    deps: [source.txt]
+    outs: [outputs/first]
+"""
+
+
+@pytest.fixture
+def shell_project(fake_project: Path) -> Path:
+    """Two stages without Python, the later one written first."""
+    (fake_project / "dvc.yaml").write_text(SHELL_DVC)
+    (fake_project / "source.txt").write_text("a")
+    return fake_project
+
+
+@pytest.mark.slow
+def test_a_stage_runs_then_stays_and_comes_back_from_the_run_cache(shell_project: Path) -> None:
+    lines: list[str] = []
+
+    def states() -> list[str]:
+        return [dvc_graph.repro(name, shell_project, on_line=lines.append).state for name in ("first", "last")]
+
+    assert dvc_graph.stages(shell_project) == ["first", "last"]
+    assert states() == ["ran", "ran"]
+    assert "hello" in lines
+    assert not any("git add" in line for line in lines)
+    assert states() == ["unchanged", "unchanged"]
+    assert dvc_graph.changed(shell_project) == {}
+    (shell_project / "source.txt").write_text("b")
+    assert dvc_graph.changed(shell_project) == {"first": ["changed deps: source.txt"]}
+    assert states() == ["ran", "ran"]
+    (shell_project / "source.txt").write_text("a")
+    assert states() == ["restored", "restored"]
+
+
+def test_a_failing_command_is_one_error_that_names_the_stage(shell_project: Path) -> None:
+    (shell_project / "source.txt").unlink()
+    with pytest.raises(dvc_graph.StageFailed, match="first: "):
+        dvc_graph.repro("first", shell_project, on_line=lambda line: None)
+
+
+def test_a_broken_dvc_yaml_is_one_error(shell_project: Path) -> None:
+    (shell_project / "dvc.yaml").write_text("stages: [")
+    with pytest.raises(ValueError, match="dvc dag") as caught:
+        dvc_graph.stages(shell_project)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_stage_s_own_error_is_what_the_caller_gets(fake_project: Path) -> None:
+    text = (fake_project / "params.yaml").read_text()
+    (fake_project / "params.yaml").write_text(text.replace("seed: 0", "seed: 13"))
+    with pytest.raises(dvc_graph.StageFailed, match="teacher: `seed` 13 brings bad luck"):
+        dvc_graph.repro("teacher", fake_project, on_line=lambda line: None)
+
+
+def test_an_exception_ends_the_whole_group_even_what_ignores_sigterm(shell_project: Path) -> None:
+    stubborn = "trap '' TERM; echo ready; while true; do sleep 0.1; done"
+    (shell_project / "dvc.yaml").write_text(f'stages:\n  first:\n    cmd: "{stubborn}"\n')
+
+    def stop(line: str) -> None:
+        if line == "ready":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dvc_graph.repro("first", shell_project, on_line=stop, grace=1.0)
+    wait_for(lambda: not list(processes_in(shell_project)), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_dvc_ends_its_stage(fake_project: Path, tmp_path: Path, number: signal.Signals) -> None:
+    (fake_project / "pause.txt").write_text("30")
+    log = tmp_path / "log"
+    process = start(fake_project, log, "-m", "dvc", "repro", "teacher")
+    wait_for_text(log, "step 1")
+    process.send_signal(number)
+    process.wait(30)
+    wait_for(lambda: not list(processes_in(fake_project)), 30, "the end of the stage")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["", "schema: '2.0'\nstages:\n  first:\n", "stages: [", "\x00"])
+def test_a_half_written_dvc_lock_costs_nothing(shell_project: Path, content: str) -> None:
+    for name in ("first", "last"):
+        dvc_graph.repro(name, shell_project, on_line=lambda line: None)
+    whole = (shell_project / "dvc.lock").read_text()
+    (shell_project / "dvc.lock").write_text(content)
+    (shell_project / ".dvc" / "tmp" / "rwlock").write_text('{"a": ')
+    states = [dvc_graph.repro(name, shell_project, on_line=lambda line: None).state for name in ("first", "last")]
+    assert states == ["restored", "restored"]
+    assert (shell_project / "dvc.lock").read_text() == whole

@@ -1,0 +1,57 @@
+"""What overrides may ask for, and when a checkout counts as changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lolcats_common.errors import UserError
+from tasks.runner.mlflow_run import git_state
+from tasks.versioning.worktrees import SOURCES_VARIABLE, confine
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data.source": "/etc/passwd"}, "`data.source` leads out of the project"),
+        ({"data": {"source": "../../*.txt"}}, "`data.source` leads out of the project"),
+        ({"data.source": "a*/../../../etc/*"}, "`data.source` leads out of the project"),
+        ({"data.source": "link/secret.txt"}, "`data.source` leads out of the project"),
+        ({"teacher.source": "/root"}, "`teacher.source` leads out of the project"),
+        ({"relinearize.drift_source": "/var/log/*.log"}, "`relinearize.drift_source` leads out of the project"),
+        ({"teacher.trust_remote_code": True}, "of builtin must stand in the project's params.yaml"),
+        ({"teacher": {"source": "a/b", "trust_remote_code": True}}, "of a/b must stand in the project's params.yaml"),
+    ],
+)
+def test_a_run_over_the_api_reads_no_other_files_and_trusts_no_other_code(
+    fake_project: Path, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    (fake_project / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=message):
+        confine(fake_project, values)
+
+
+def test_what_the_owner_allows_is_allowed(fake_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    confine(fake_project, None)
+    confine(fake_project, {"data.source": "texts/*.jsonl", "teacher.source": "owner/model", "transfer.lr": 0.1})
+    monkeypatch.setenv(SOURCES_VARIABLE, f"/srv/texts:{tmp_path}")
+    confine(fake_project, {"data.source": str(tmp_path / "new" / "*.txt"), "teacher.source": "/srv/texts/teacher"})
+    params = (fake_project / "params.yaml").read_text()
+    trusting = params.replace("  source: builtin #", "  source: a/b #", 1).replace(
+        "trust_remote_code: false", "trust_remote_code: true"
+    )
+    (fake_project / "params.yaml").write_text(trusting)
+    confine(fake_project, {"transfer.lr": 0.1})
+    with pytest.raises(UserError, match="of c/d must stand"):
+        confine(fake_project, {"teacher.source": "c/d"})
+
+
+def test_parameters_do_not_make_a_checkout_dirty_since_the_run_s_commit_keeps_them(fake_project: Path) -> None:
+    with (fake_project / "params.yaml").open("a") as file:
+        file.write("# other\n")
+    assert git_state(fake_project)[1] is False
+    assert git_state(fake_project, besides=())[1] is True
+    (fake_project / "stages" / "fake.py").write_text("")
+    assert git_state(fake_project)[1] is True
