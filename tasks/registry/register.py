@@ -24,7 +24,8 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.files import sha256_tree
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params, read_yaml
-from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line, git_state
+from tasks.runner.git import git_state
+from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line
 from tasks.versioning import dvc_graph, lock_commits
 
 logger = logging.getLogger(__name__)

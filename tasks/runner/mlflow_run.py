@@ -16,17 +16,16 @@ import math
 import os
 import platform
 import re
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.machine import versions
 from lolcats_common.params import Params
+from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
-from tasks.versioning.lock_commits import KEPT
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "lolcats"
@@ -99,26 +98,6 @@ def experiment_id(client: Any, root: Path) -> str:
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
-
-
-def git_state(root: Path, besides: Sequence[str] = KEPT) -> tuple[str, bool]:
-    """Commit of the checkout, and whether other tracked files than `besides` differ; ``("unknown", True)`` outside git.
-
-    By default `besides` are the files that a run's own commit keeps (`tasks.versioning.lock_commits.keep_lock`).
-    """
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        excluded = [f":(exclude){name}" for name in besides]
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown", True
-    return commit, bool(changes.strip())
 
 
 def flatten(params: Params) -> dict[str, str]:

@@ -6,45 +6,13 @@ it, what `dvc gc` must not remove.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 
 from lolcats_common.errors import UserError
+from tasks.runner.git import KEPT, git, identity
 
 ATTEMPTS = 5
-KEPT = ("dvc.lock", "params.yaml")
-IDENTITY = {"NAME": "lolcats", "EMAIL": "lolcats@localhost"}
-
-
-def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """Standard output of a git command.
-
-    Raises:
-        UserError: it failed; the message is git's last line.
-    """
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **(env or {})},
-    )
-    if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise UserError(f"`git {' '.join(arguments)}` failed: {lines[-1] if lines else done.returncode}")
-    return done.stdout.strip()
-
-
-def identity(root: Path) -> dict[str, str]:
-    """Environment with a name for commits where the machine has none."""
-    try:
-        git(root, "config", "user.email")
-        git(root, "config", "user.name")
-    except UserError:
-        return {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in IDENTITY.items()}
-    return {}
 
 
 def keep_lock(root: Path, ref: str, message: str = "Results of a run") -> str | None:

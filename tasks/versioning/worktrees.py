@@ -19,10 +19,10 @@ import yaml
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_text
 from lolcats_common.params import Params, apply_overrides, params_from_dict, read_preset, read_yaml
-from tasks.runner.mlflow_run import git_state, tracking_uri
+from tasks.runner.git import git, git_state, identity
+from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
 from tasks.versioning import dvc_graph
-from tasks.versioning.lock_commits import git, identity
 
 logger = logging.getLogger(__name__)
 SOURCES_VARIABLE = "LOLCATS_SOURCES"
