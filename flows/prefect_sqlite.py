@@ -6,7 +6,8 @@ whose automations met this four times is given up, or kept for 15 minutes where 
 the restart that it stands for does not come. The more there is to do, the likelier. A transaction that asks to write
 when it begins waits up to a minute for the others instead.
 
-`tasks.operations.services` names this module as the server's broker, because the server imports its broker when it starts.
+`tasks.operations.services` names this module as the server's broker, because the server imports its broker when it
+starts.
 """
 
 from __future__ import annotations
