@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
+from transformers import PreTrainedConfig
 
 from lolcats_common.files import write_json
+from lolcats_common.params import Params
 from lolcats_core import attention_transfer, linearize
 from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.estimation.memory import GIB, device_memory, streamed_memory, transfer_memory, transfer_mode
+from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.model.modeling import empty_student, named_map_parameters, write_feature_maps
 from lolcats_core.streaming.load_student import load_student
 from lolcats_core.teacher.pin import Teacher
@@ -20,6 +25,8 @@ from tasks.reporting.figures import layer_figure, loss_figure
 from tasks.runner import preflight
 from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
 from tasks.runner.stage import Stage, main
+
+logger = logging.getLogger(__name__)
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -34,7 +41,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         shape = empty_student(config, params.linearize)
     trains = params.transfer.enabled and bool(named_map_parameters(shape))
     result, streamed = TrainResult(), False
-    if trains and preflight.transfer_mode(params, config, device) == "streamed":
+    if trains and chosen_mode(params, config, device) == "streamed":
         streamed = True
         maps, result, errors = streamed_attention_transfer(
             source.folder,
@@ -84,6 +91,15 @@ def run(stage: Stage) -> Mapping[str, float]:
     metrics = training_metrics(result, trainable, sum(p.numel() for p in shape.parameters()))
     metrics["streamed"] = float(streamed)
     return metrics if result.steps else metrics | {"best_validation_loss": 0.0}
+
+
+def chosen_mode(params: Params, config: PreTrainedConfig, device: torch.device) -> str:
+    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
+    shape, memory = ModelShape.from_config(config), device_memory(device)
+    mode = transfer_mode(params, shape, memory)
+    need = transfer_memory(params, shape) if mode == "joint" else streamed_memory(params, shape)
+    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
+    return mode
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.estimation.doctor import device_memory, evaluated_by_layers
+from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
 from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.evaluation.streamed_perplexity import open_sweep, streamed_perplexity
 from lolcats_core.model.modeling import initial_feature_maps, write_feature_maps

@@ -110,7 +110,8 @@ class Measurements:
         self.tokenizer = self.models.teacher.tokenizer()
         # At once: lm-eval gives a tokenizer without one a padding token.
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.cache = ResultCache(stage.results)
+        # This file says what is asked: which prompts, lengths and tokens. The settings are in each key.
+        self.cache = ResultCache(stage.results, [Path(__file__)])
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

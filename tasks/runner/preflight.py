@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
-from lolcats_core.estimation import doctor
-from lolcats_core.estimation.doctor import GIB, device_memory, streamed_memory, train_memory
-from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from lolcats_core.training.selection import budget_count
-
-logger = logging.getLogger(__name__)
-
-
-def transfer_mode(params: Params, config: Any, device: torch.device) -> str:
-    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
-    shape = ModelShape.from_config(config)
-    memory = device_memory(device)
-    mode = doctor.transfer_mode(params, shape, memory)
-    need = {"joint": train_memory(params, shape)["transfer"], "streamed": streamed_memory(params, shape)}[mode]
-    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
-    return mode
 
 
 def check(params: Params, teacher: Teacher) -> None:
