@@ -20,8 +20,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from lolcats_common.errors import Unavailable, UserError
-from lolcats_common.locks import locked
 from lolcats_common.params import GatesParams
 from tasks.registry import register
 from tasks.registry.gates import PROBED, GateReport, judge
@@ -65,9 +66,11 @@ def _speaks_of_the_store(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def _alone(root: Path) -> contextlib.AbstractContextManager[bool]:
-    """One process of this machine at a time moves aliases."""
-    return locked(root / ".dvc" / "tmp" / "lolcats-aliases.lock")
+def _alias_lock(root: Path) -> FileLock:
+    """A lock under which one process of this machine at a time moves aliases."""
+    folder = root / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lolcats-aliases.lock")
 
 
 def alias_version(client: Any, name: str, alias: str) -> Any:
@@ -155,7 +158,7 @@ def examine(root: Path, name: str, gates: GatesParams, which: str) -> GateReport
     client.set_model_version_tag(name, number, REASONS_TAG, "; ".join(report.reasons)[:5000] or "none")
     client.set_model_version_tag(name, number, GATES_TAG, "passed" if report.passed else "refused")
     if report.passed:
-        with _alone(root):
+        with _alias_lock(root):
             serving = alias_version(client, name, CHAMPION)
             if serving is None or str(serving.version) != number:
                 client.set_registered_model_alias(name, CHALLENGER, number)
@@ -171,7 +174,7 @@ def promote(root: Path, name: str, which: str = CHALLENGER) -> str:
         UserError: there is no such version, it did not pass its gates, or its files are not those registered.
     """
     client = connect(root)
-    with _alone(root):
+    with _alias_lock(root):
         _complete_move(client, name)
         version = _whole(find_version(client, name, which))
         number = str(version.version)
@@ -202,7 +205,7 @@ def rollback(root: Path, name: str) -> tuple[str, str]:
         UserError: there is no previous champion, or its files are not those that were registered.
     """
     client = connect(root)
-    with _alone(root):
+    with _alias_lock(root):
         _complete_move(client, name)
         champion, previous = alias_version(client, name, CHAMPION), alias_version(client, name, PREVIOUS)
         if champion is None or previous is None:
