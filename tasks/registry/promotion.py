@@ -7,7 +7,6 @@ registered model says first where both are going, and whoever comes next complet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
