@@ -300,7 +300,7 @@ def state_bytes(model: PreTrainedModel, bench: Bench) -> dict[str, float]:
     """
     config, context = cast(Any, model).config, bench.measures.context
     teacher = LinearizeConfig(softmax_layers=tuple(range(config.num_hidden_layers)))
-    settings = LinearizeConfig(**config.linearize) if hasattr(config, "linearize") else teacher
+    settings = LinearizeConfig.from_dict(config.linearize) if hasattr(config, "linearize") else teacher
     size, whole, published = (
         state_size(config, each, bench.teacher.dtype) for each in (settings, teacher, published_settings(config))
     )

@@ -89,7 +89,7 @@ class LinearizedMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
-        settings = LinearizeConfig(**config.linearize)
+        settings = LinearizeConfig.from_dict(config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
             layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
@@ -230,7 +230,7 @@ def check_settings(
         UserError: naming the first setting that differs and both values.
     """
     try:
-        made, wanted = LinearizeConfig(**saved).to_dict(), LinearizeConfig(**model).to_dict()
+        made, wanted = LinearizeConfig.from_dict(saved).to_dict(), LinearizeConfig.from_dict(model).to_dict()
     except TypeError as error:
         raise UserError(f"{source}: made by another version of this package ({error})") from None
     for key, value in wanted.items():
@@ -310,7 +310,7 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    write_feature_maps(named_map_parameters(student), LinearizeConfig(**student.config.linearize), path)
+    write_feature_maps(named_map_parameters(student), LinearizeConfig.from_dict(student.config.linearize), path)
 
 
 def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:

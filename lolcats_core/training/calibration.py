@@ -71,13 +71,10 @@ def calibrate_layer(
     if edges is not None:
         q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
     wide = k.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
-    key_maps = maps.w_q if maps.w_k is None else maps.w_k
-    served = len(key_maps) // k.shape[2]  # maps of each kv head
-    found = [key_clusters(wide[:, head // served], key_maps.shape[2], generator) for head in range(len(key_maps))]
+    served = len(maps.w_k) // k.shape[2]  # maps of each kv head
+    found = [key_clusters(wide[:, head // served], maps.w_k.shape[2], generator) for head in range(len(maps.w_k))]
     w = torch.stack(found).mT * scores.scale
-    if maps.settings.feature_map_skip:
-        w = w - torch.eye(maps.head_dim, dtype=w.dtype, device=w.device)
-    key_maps.copy_(w)
+    maps.w_k.copy_(w)
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:

@@ -245,7 +245,7 @@ def student_divergence(
     Args:
         student: of `linearize(teacher, …)` after attention transfer, with every kv group linearized.
     """
-    settings, device = LinearizeConfig(**student.config.linearize), student.device
+    settings, device = LinearizeConfig.from_dict(student.config.linearize), student.device
     maps = {name: p.detach() for name, p in named_map_parameters(student).items()}
     batches: list[tuple[dict[str, Tensor], Tensor]] = []
     for start in range(0, min(count, len(rows)), batch_size):

@@ -132,7 +132,7 @@ class HybridCache(Cache):
     """A `HybridLayer` per linearized layer; what the teacher has for each layer or kv group that keeps softmax."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
+        settings, kept = LinearizeConfig.from_dict(config.linearize), softmax_layers(config)
         # Growing, or bounded by the layer's own sliding window.
         layers: list[Any] = [_kept_layer(layer) for layer in DynamicCache(config=config).layers]
         if settings.softmax_window is not None:
