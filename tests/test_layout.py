@@ -42,7 +42,8 @@ LAYERS = (
     ("tasks.cli",),
 )
 PLAIN = {"yaml"}
-NUMERICAL = {"torch", "transformers", "peft", "safetensors", "triton", "numpy", "yaml"}
+# torch itself needs filelock.
+NUMERICAL = {"torch", "transformers", "peft", "safetensors", "triton", "numpy", "yaml", "filelock"}
 OURS = {"lolcats_common", "lolcats_core", "lolcats_kernels"}
 NEVER = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 # A folder's floor that can be taken in at one look.
