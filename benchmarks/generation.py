@@ -154,7 +154,7 @@ def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCach
             tensor.uniform_()
         # The states stand at different places of their chunks, as those of sequences that began apart.
         state.length.copy_(context + torch.arange(batch, device=model.device) % 64)
-        layer.state, layer.seen = state, context
+        layer.state, layer.length = state, context
     return cache
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class Scores:
 class FeatureMaps(nn.Module):
     """Maps of queries and keys and the window factor of one layer (arXiv 2410.10254, sections 3.1 and 3.2).
 
-    `groups` says which of the layer's kv groups have them; those that keep softmax attention have none.
+    `groups` says which of the layer's kv groups have them; those that keep softmax attention have none. `active` says
+    which branches of these heads are on (`branches.without_branch`).
 
     Parameters (float32 unless the model is float64, whatever the model's dtype: steps of 1e-2 are lost in bf16):
         w_q [H, D, F], w_k [H or Hk, D, F], b_q, b_k (with `feature_map_bias`), and
@@ -38,6 +39,7 @@ class FeatureMaps(nn.Module):
     def __init__(self, config: LinearizeConfig, groups: KVGroups, queries_per_group: int, head_dim: int) -> None:
         super().__init__()
         self.settings, self.groups = config, groups
+        self.active: Literal["both", "linear", "window"] = "both"
         key_heads = len(groups.linear)
         heads = key_heads * queries_per_group
         self.heads, self.head_dim = heads, head_dim
@@ -91,9 +93,10 @@ class FeatureMaps(nn.Module):
         """
         config = self.settings
         gamma = self.window_factor.sigmoid()
+        linear_factor = 1 - gamma if config.linear_factor == "affine" else None
         options: dict[str, Any] = {
-            "linear_factor": 1 - gamma if config.linear_factor == "affine" else None,
-            "window": config.window,
+            "linear_factor": torch.zeros_like(gamma) if self.active == "window" else linear_factor,
+            "window": "none" if self.active == "linear" else config.window,
             "window_size": config.window_size,
             "feature_map": config.feature_map,
             "b_q": self.b_q,

@@ -49,12 +49,14 @@ from transformers import (
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.attention import ATTENTION_NAME, Reach, hybrid_attention_forward, prepare_inputs
+from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
 from lolcats_core.model.families import ARCHITECTURES, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.forward_context import prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import fuse_rotary
+from lolcats_core.model.softmax_attention import SoftmaxWindow
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -92,7 +94,8 @@ class LinearizedMixin:
         settings = LinearizeConfig.from_dict(config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
-            layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
+            window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
+            layer.softmax_window = SoftmaxWindow() if local else window
             fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
