@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from lolcats_common.files import write_json
 from lolcats_common.params import Params
@@ -17,7 +17,7 @@ from lolcats_core.estimation.memory import GIB, device_memory, streamed_memory, 
 from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.model.modeling import empty_student, named_map_parameters, write_feature_maps
 from lolcats_core.streaming.load_student import load_student
-from lolcats_core.teacher.pin import load_teacher, locate, read_pin, verified_folder
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import head_errors
 from lolcats_core.training.loop import TrainResult
 from lolcats_core.training.streamed_transfer import streamed_attention_transfer
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json, errors.json and history.jsonl; metrics of the training."""
     params = stage.params
-    preflight.check(params, stage.input("teacher"), stage.root)
+    source = Teacher.open(stage.input("teacher"))
+    preflight.check(params, source)
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
-    pin = read_pin(stage.input("teacher"))
-    config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
+    config = source.config
     with torch.device("meta"):
         shape = empty_student(config, params.linearize)
     trains = params.transfer.enabled and bool(named_map_parameters(shape))
@@ -44,7 +44,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     if trains and chosen_mode(params, config, device) == "streamed":
         streamed = True
         maps, result, errors = streamed_attention_transfer(
-            verified_folder(stage.input("teacher")),
+            source.folder,
             config,
             params.linearize,
             train_rows,
@@ -62,11 +62,11 @@ def run(stage: Stage) -> Mapping[str, float]:
             stage.log_metrics({k: v for k, v in entry.items() if k.endswith("_loss")}, int(entry["step"]))
     else:
         if distributed.world() > 1:
-            folder = verified_folder(stage.input("teacher"))
-            student = load_student(folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed)
+            student = load_student(
+                source.folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed
+            )
         else:
-            teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-            student = linearize(teacher, params.linearize, seed=params.seed)
+            student = linearize(source.load(dtype, device), params.linearize, seed=params.seed)
         maps = dict(named_map_parameters(student))
         if trains:
             result = attention_transfer(

@@ -29,7 +29,7 @@ from lolcats_core.compute.device import resolve_device, resolve_dtype, seed_ever
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.model.modeling import linearize, load_feature_maps, save_feature_maps
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import attention_transfer, evaluate_transfer
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
@@ -103,10 +103,11 @@ def load_setting(pin: Path, rows: Path, params: Params, budget: Budget, scratch:
         UserError: the teacher or the rows are missing or damaged, or the device does not exist.
     """
     seed_everything(params.seed)
-    tokenizer = load_tokenizer(pin)
+    source = Teacher.open(pin)
+    tokenizer = source.tokenizer()
     dtype, device = resolve_dtype(params.compute.precision), resolve_device(params.compute.device)
     return Setting(
-        teacher=load_teacher(pin, dtype=dtype, device=device),
+        teacher=source.load(dtype, device),
         train_rows=TokenRows.open(rows / "train"),
         validation_rows=TokenRows.open(rows / "validation"),
         linearize=params.linearize,

@@ -7,7 +7,6 @@ registered model says first where both are going, and whoever comes next complet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import GatesParams
 from tasks.registry import register
 from tasks.registry.gates import PROBED, GateReport, judge
-from tasks.runner.mlflow_run import connect, first_line
+from tasks.runner.mlflow_run import connect, first_line, is_missing
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,30 +74,29 @@ def _alias_lock(root: Path) -> FileLock:
 
 def alias_version(client: Any, name: str, alias: str) -> Any:
     """The version that an alias names; None where the alias or the model does not exist."""
+    return _found(client.get_model_version_by_alias, name, alias)
+
+
+def _found(ask: Callable[..., Any], *what: str) -> Any:
+    """What MLflow answers; None where it says that there is no such thing, `Unavailable` where it does not answer."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return ask(*what)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if is_missing(error):
             return None
-        raise
+        raise Unavailable(f"MLflow failed: {first_line(error)}") from error
 
 
 def find_version(client: Any, name: str, which: str) -> Any:
     """A version by number or alias.
 
     Raises:
+        Unavailable: the store does not answer.
         UserError: there is none.
     """
-    from mlflow.exceptions import MlflowException
-
-    found = None
-    if which.isdigit():
-        with contextlib.suppress(MlflowException):
-            found = client.get_model_version(name, which)
-    else:
-        found = alias_version(client, name, which)
+    found = _found(client.get_model_version if which.isdigit() else client.get_model_version_by_alias, name, which)
     if found is None:
         raise UserError(f"{name} has no version or alias {which!r}; `lolcats status` lists them")
     return found
