@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lolcats_common.errors import UserError
 
 Window = Literal["terraced", "sliding", "none"]
 FeatureMap = Literal["hedgehog", "t2r", "elu"]
-WINDOWS: tuple[str, ...] = ("terraced", "sliding", "none")
-FEATURE_MAPS: tuple[str, ...] = ("hedgehog", "t2r", "elu")
+WINDOWS: tuple[str, ...] = get_args(Window)
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 # Settings of earlier versions and the only value that still means what it did then.
 RETIRED = {"feature_map_skip": False, "tie_qk": False}
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_mask, window_scores
 from lolcats_kernels.hybrid_attention.state import folded_tokens
@@ -43,7 +43,12 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def chunked_forward(
-    q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: HybridWeights,
+    config: HybridConfig,
+    initial_state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of sequences that start on a chunk boundary, and the features of their keys.
 
@@ -51,38 +56,42 @@ def chunked_forward(
 
     Args:
         q: [B, T, H, D]; `k`, `v`: [B, T, Hk, D]; all float32 or float64.
-        state: (S [B, Hs, E, D], z [B, Hs, E]) of older tokens, all of them outside every window.
+        initial_state: (S [B, Hs, E, D], z [B, Hs, E]) of older tokens, all of them outside every window.
 
     Returns:
         y [B, T, H, D] and phi(k) [B, Hk, H/Hk or 1, N, C, E].
     """
-    length, heads, key_heads, size, window = q.shape[1], q.shape[2], k.shape[2], spec.window_size, spec.window
-    one_map_per_query_head = maps.w_k.shape[0] == heads
+    length, heads, key_heads, size, window = q.shape[1], q.shape[2], k.shape[2], config.window_size, config.window
+    one_map_per_query_head = weights.w_k.shape[0] == heads
     qc, kc, vc = _chunks(q, size), _chunks(k, size), _chunks(v, size)
     repeated = kc.repeat_interleave(heads // key_heads, 1) if one_map_per_query_head else kc
 
     def features(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-        phi = apply_feature_map(x.flatten(2, 3), w, spec.feature_map, bias)
+        phi = apply_feature_map(x.flatten(2, 3), w, config.feature_map, bias)
         return _grouped(phi.unflatten(2, (-1, size)), key_heads)
 
-    phi_q, phi_k = features(qc, maps.w_q, maps.b_q), features(repeated, maps.w_k, maps.b_k)
+    phi_q, phi_k = features(qc, weights.w_q, weights.b_q), features(repeated, weights.w_k, weights.b_k)
     qc = _grouped(qc, key_heads)
     kc, vc = kc[:, :, None], F.pad(vc, (0, 1), value=1.0)[:, :, None]
 
-    gamma, alpha = (x.to(q.dtype).view(key_heads, -1, 1, 1, 1) for x in (maps.gamma, maps.linear_factor()))
-    decay = None if maps.decay is None else maps.decay.to(q.dtype).view(key_heads, -1, 1, 1, 1)
+    factors = weights.window_factor, weights.linear_factor_or_ones()
+    gamma, alpha = (x.to(q.dtype).view(key_heads, -1, 1, 1, 1) for x in factors)
+    decay = None if weights.decay is None else weights.decay.to(q.dtype).view(key_heads, -1, 1, 1, 1)
     rows = torch.arange(size, device=q.device)[:, None]
 
     # State before each chunk: S_n sums chunks 0 … n-2, or 0 … n-1 without a window.
     lag = 1 if window == "none" else 2
     sums = (phi_k if decay is None else phi_k * decay ** (lag * size - rows)).mT @ vc
     past = F.pad(sums, (0, 0, 0, 0, lag, 0))[..., : sums.shape[-3], :, :]
-    older = None if state is None else _grouped(torch.cat([state[0], state[1][..., None]], -1), key_heads)
+    initial = None
+    if initial_state is not None:
+        s, z = initial_state
+        initial = _grouped(torch.cat([s, z[..., None]], -1), key_heads)
     if decay is None:
-        past = past.cumsum(-3) if older is None else past.cumsum(-3) + older[:, :, :, None]
+        past = past.cumsum(-3) if initial is None else past.cumsum(-3) + initial[:, :, :, None]
         total = alpha * (phi_q @ past)
     else:
-        past = _decayed_scan(past, older, decay[..., 0] ** size)
+        past = _decayed_scan(past, initial, decay[..., 0] ** size)
         total = alpha * decay**rows * (phi_q @ past)
 
     if window == "none":
@@ -98,27 +107,27 @@ def chunked_forward(
         inside = window_mask(window, queries, keys, size)
         absent = torch.zeros(kc.shape[-3], 1, 1, dtype=torch.bool, device=q.device)
         absent[0] = True
-        scores = window_scores(qc @ torch.cat([_previous(kc), kc], -2).mT, spec.scale, spec.softcap)
+        scores = window_scores(qc @ torch.cat([_previous(kc), kc], -2).mT, config.scale, config.softcap)
         scores = scores.masked_fill(~inside | (absent & (keys < size)), float("-inf"))
-        weights = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
+        windowed = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         if window == "sliding":
             left = (phi_q @ _previous(phi_k).mT).masked_fill(inside[:, :size] | absent, 0)
             if decay is not None:
                 left = left * decay ** (queries - keys[:, :size])
-            weights = weights + F.pad(alpha * left, (0, size))
-        total = total + weights @ torch.cat([_previous(vc), vc], -2)
+            windowed = windowed + F.pad(alpha * left, (0, size))
+        total = total + windowed @ torch.cat([_previous(vc), vc], -2)
         y = total[..., :-1] / total[..., -1:]
     y = y.flatten(1, 2).flatten(2, 3)[:, :, :length]
     return y.transpose(1, 2), phi_k
 
 
-def _decayed_scan(sums: Tensor, older: Tensor | None, factor: Tensor) -> Tensor:
-    """States before each chunk: state n = factor * state n-1 + sums n, from `older` before the first.
+def _decayed_scan(sums: Tensor, initial: Tensor | None, factor: Tensor) -> Tensor:
+    """States before each chunk: state n = factor * state n-1 + sums n, from `initial` before the first.
 
     Args:
-        sums: [B, Hk, G, N, E, D], nothing at chunk 0; `older`: [B, Hk, G, E, D] or None; `factor`: [Hk, G, 1, 1].
+        sums: [B, Hk, G, N, E, D], nothing at chunk 0; `initial`: [B, Hk, G, E, D] or None; `factor`: [Hk, G, 1, 1].
     """
-    state = torch.zeros_like(sums[:, :, :, 0]) if older is None else older
+    state = torch.zeros_like(sums[:, :, :, 0]) if initial is None else initial
     states = [state]
     for chunk in sums.unbind(3)[1:]:
         state = factor * state + chunk
@@ -129,9 +138,9 @@ def _decayed_scan(sums: Tensor, older: Tensor | None, factor: Tensor) -> Tensor:
 def fold_state(
     v: Tensor,
     phi_k: Tensor,
-    spec: Spec,
+    config: HybridConfig,
     length: Tensor,
-    older: tuple[Tensor, Tensor] | None,
+    initial_state: tuple[Tensor, Tensor] | None,
     decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S [B, Hs, E, D] and z [B, Hs, E] of what the last token of each right-padded sequence sees linearly.
@@ -139,9 +148,9 @@ def fold_state(
     Args:
         v: [B, T, Hk, D]; `phi_k` of `chunked_forward`.
         length: [B], real tokens of each row.
-        older: S and z of the tokens before the first column. `decay`: of `Maps`.
+        initial_state: S and z of the tokens before the first column. `decay`: of `HybridWeights`.
     """
-    count = folded_tokens(length, spec.window, spec.window_size)[:, None]
+    count = folded_tokens(length, config.window, config.window_size)[:, None]
     column = torch.arange(v.shape[1], device=v.device)[None, :]
     fold = column < count
     features = phi_k.flatten(1, 2).flatten(2, 3)[:, :, : v.shape[1]] * fold[:, None, :, None].to(phi_k.dtype)
@@ -149,8 +158,8 @@ def fold_state(
     if decay is not None:
         by_head = decay.to(v.dtype)[:, None]
         features = features * (by_head ** (count - column).clamp(min=0)[:, None])[..., None]
-        if older is not None:
+        if initial_state is not None:
             gone = by_head[:, 0] ** count
-            older = older[0] * gone[..., None, None], older[1] * gone[..., None]
+            initial_state = initial_state[0] * gone[..., None, None], initial_state[1] * gone[..., None]
     s, z = features.mT @ values, features.sum(-2)
-    return (s, z) if older is None else (older[0] + s, older[1] + z)
+    return (s, z) if initial_state is None else (initial_state[0] + s, initial_state[1] + z)

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_scores
 from lolcats_kernels.hybrid_attention.state import HybridState, folded_tokens
 
 
 def decode_step(
-    q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: HybridState
+    q: Tensor, k: Tensor, v: Tensor, weights: HybridWeights, config: HybridConfig, state: HybridState
 ) -> tuple[Tensor, HybridState]:
     """Output of one new token of each sequence, which may stand at different positions.
 
@@ -30,14 +30,14 @@ def decode_step(
     key_heads, accumulate, position = k.shape[2], state.s.dtype, state.length
     q, k_new, v_new = q[:, 0].to(accumulate), k[:, 0], v[:, 0]
     everyone = torch.arange(batch, device=q.device)
-    decay = None if maps.decay is None else maps.decay.to(accumulate)
+    decay = None if weights.decay is None else weights.decay.to(accumulate)
 
     def folded(rows: Tensor, k_out: Tensor, v_out: Tensor) -> tuple[Tensor, Tensor]:
         """S and z with tokens [b, n, Hk, D] of sequences `rows` added."""
         k_out, values = (x.to(accumulate).transpose(1, 2) for x in (k_out, v_out))
-        if maps.w_k.shape[0] == heads:
+        if weights.w_k.shape[0] == heads:
             k_out = k_out.repeat_interleave(heads // key_heads, 1)
-        phi = apply_feature_map(k_out, maps.w_k, spec.feature_map, maps.b_k)
+        phi = apply_feature_map(k_out, weights.w_k, config.feature_map, weights.b_k)
         values = values.repeat_interleave(phi.shape[1] // key_heads, 1)
         s, z = state.s, state.z
         if decay is not None:
@@ -49,41 +49,41 @@ def decode_step(
 
     s, z, ring_k, ring_v = state.s, state.z, state.ring_k, state.ring_v
     inside = None
-    if spec.window == "none":
+    if config.window == "none":
         s, z = folded(everyone, k, v)
     else:
-        slots, size = ring_k.shape[1], spec.window_size
+        slots, size = ring_k.shape[1], config.window_size
         # Terraced folds a whole chunk when its slots are needed again; sliding folds the evicted token.
         due = position >= slots
-        if spec.window == "terraced":
+        if config.window == "terraced":
             due &= position % size == 0
         rows = due.nonzero()[:, 0]
         if len(rows):
-            span = size if spec.window == "terraced" else 1
+            span = size if config.window == "terraced" else 1
             leaving = (position[rows] % slots)[:, None] + torch.arange(span, device=q.device)
             s, z = folded(rows, ring_k[rows[:, None], leaving], ring_v[rows[:, None], leaving])
         slot = position % slots
         ring_k = ring_k.index_put((everyone, slot), k_new.to(ring_k.dtype))
         ring_v = ring_v.index_put((everyone, slot), v_new.to(ring_v.dtype))
-        inside = _slots_in_window(position, slots, spec.window, spec.window_size)
+        inside = _slots_in_window(position, slots, config.window, config.window_size)
 
-    phi_q = apply_feature_map(q[:, :, None], maps.w_q, spec.feature_map, maps.b_q)[:, :, 0]
+    phi_q = apply_feature_map(q[:, :, None], weights.w_q, config.feature_map, weights.b_q)[:, :, 0]
     grouped = phi_q.unflatten(1, (s.shape[1], -1))
     if decay is not None:
-        age = position - folded_tokens(position + 1, spec.window, spec.window_size)
+        age = position - folded_tokens(position + 1, config.window, config.window_size)
         grouped = grouped * (decay ** age[:, None])[..., None, None]
-    gamma, alpha = (x.to(accumulate)[:, None] for x in (maps.gamma, maps.linear_factor()))
+    gamma, alpha = (x.to(accumulate)[:, None] for x in (weights.window_factor, weights.linear_factor_or_ones()))
     total = alpha * F.pad((grouped @ s).flatten(1, 2), (0, 1))
     total[..., -1:] = alpha * (grouped @ z[..., None]).flatten(1, 2)
     if inside is None:
         y = total[..., :-1] / (total[..., -1:] + NO_WINDOW_EPSILON)
     else:
         keys, values = (ring.to(accumulate).transpose(1, 2) for ring in (ring_k, ring_v))
-        scores = window_scores((q.unflatten(1, (key_heads, -1)) @ keys.mT).flatten(1, 2), spec.scale, spec.softcap)
+        scores = window_scores((q.unflatten(1, (key_heads, -1)) @ keys.mT).flatten(1, 2), config.scale, config.softcap)
         scores = scores.masked_fill(~inside[:, None], float("-inf"))
-        weights = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
+        windowed = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
         values = F.pad(values, (0, 1), value=1.0)
-        total = total + (weights.unflatten(1, (key_heads, -1)) @ values).flatten(1, 2)
+        total = total + (windowed.unflatten(1, (key_heads, -1)) @ values).flatten(1, 2)
         y = total[..., :-1] / total[..., -1:]
 
     return y[:, None], HybridState(s=s, z=z, ring_k=ring_k, ring_v=ring_v, length=position + 1)

@@ -24,8 +24,7 @@ from lolcats_core.model.modeling import attention_layers
 from lolcats_core.training import attention_transfer
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.perplexity import perplexity
-from lolcats_kernels.hybrid_attention import hybrid_weights, window_scores
-from lolcats_kernels.hybrid_attention.naive import window_mask
+from lolcats_kernels.hybrid_attention import attention_weights, window_mask, window_scores
 
 # Queries per block of the quadratic weights.
 BLOCK = 128
@@ -157,12 +156,12 @@ def linear_mass(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
         if maps is None:
             return
         q, k = (maps.groups.take_linear(x.transpose(1, 2)).float() for x in (query, key))
-        operands, options = maps.operands(scores)
+        operands, config = maps.operands(scores)
         positions = torch.arange(q.shape[1], device=q.device)
         for start in range(0, q.shape[1], BLOCK):
             queries = positions[start : start + BLOCK]
-            weights = hybrid_weights(q[:, start : start + BLOCK], k, *operands, **options, first_query=start)
-            inside = window_mask(options["window"], queries[:, None], positions[None], options["window_size"])
+            weights = attention_weights(q[:, start : start + BLOCK], k, operands, config, start)
+            inside = window_mask(config.window, queries[:, None], positions[None], config.window_size)
             past = (positions[None] <= queries[:, None]) & ~inside
             counted = past.any(1)
             mass = (weights * past).sum(-1)[:, :, counted]

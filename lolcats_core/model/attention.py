@@ -8,6 +8,7 @@ the heads between the linear branch (`student_attention`) and kept softmax atten
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.forward_context import HybridContext, LayerCall
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.softmax_attention import SoftmaxWindow, kept_attention, softmax_attention
-from lolcats_kernels.hybrid_attention import hybrid_attention, hybrid_decode_
+from lolcats_kernels.hybrid_attention import attend, decode_
 
 ATTENTION_NAME = "lolcats_hybrid"
 
@@ -90,30 +91,29 @@ def student_attention(
     Returns:
         [B, T, H, D] in the dtype of `q`; zero at padding.
     """
-    operands, options = maps.operands(scores)
+    weights, config = maps.operands(scores)
     if context.cu_seqlens is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))
-        y = hybrid_attention(*packed, *operands, **options, cu_seqlens=context.cu_seqlens)
+        y: Any = attend(*packed, weights, config, cu_seqlens=context.cu_seqlens)
         return y.view(q.shape[0], -1, *q.shape[2:])
-    real, order = context.new_padding_mask, None
+    real, order, lengths = context.new_padding_mask, None, None
     if real is not None:
         # Real tokens to the front of their row, in their order; padding never enters a chunk or the state.
         order = (~real).to(torch.int8).argsort(dim=1, stable=True)
         q, k, v = (x.gather(1, order[:, :, None, None].expand_as(x)) for x in (q, k, v))
-        options["lengths"] = real.sum(1)
+        lengths = real.sum(1)
+    run = functools.partial(attend, q, k, v, weights, config, lengths=lengths)
     if layer is None:
-        y = hybrid_attention(q, k, v, *operands, **options)
+        y = run()
     elif layer.state is not None and q.shape[1] == 1 and order is None and not torch.is_grad_enabled():
-        y = hybrid_decode_(q, k, v, *operands, layer.state, **options)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
+        y = decode_(q, k, v, weights, config, layer.state)
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *weights.tensors())):
         # No gradient passes through a state, so it is computed apart; the fused kernels then take both calls.
-        y = hybrid_attention(q, k, v, *operands, **options, initial_state=layer.state)
+        y = run(initial_state=layer.state)
         with torch.no_grad():
-            _, layer.state = hybrid_attention(
-                q, k, v, *operands, **options, initial_state=layer.state, return_state=True
-            )
+            _, layer.state = run(initial_state=layer.state, return_state=True)
     else:
-        y, layer.state = hybrid_attention(q, k, v, *operands, **options, initial_state=layer.state, return_state=True)
+        y, layer.state = run(initial_state=layer.state, return_state=True)
     if order is not None and real is not None:
         y = torch.empty_like(y).scatter(1, order[:, :, None, None].expand_as(y), y)
         y = y.masked_fill(~real[:, :, None, None], 0)

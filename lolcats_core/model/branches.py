@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
 
 import torch
 from torch import nn
 
-from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.feature_maps import Branch, FeatureMaps
 from lolcats_core.model.modeling import feature_maps
-
-Branch = Literal["linear", "window"]
 
 
 @contextlib.contextmanager
@@ -20,17 +17,12 @@ def without_branch(maps: Iterable[nn.Module], branch: Branch) -> Iterator[None]:
     """Inside the block, one branch of the heads of `maps` (`FeatureMaps`, or peft's wrapper of them) is off.
 
     Without the ``linear`` branch only the window is left. Without the ``window`` the linear branch sees every token up
-    to the query, as in pure linear attention.
-
-    Raises:
-        ValueError: the other branch is off already.
+    to the query, as in pure linear attention. Blocks may be nested; without both branches the heads put out zeros.
     """
     # A wrapper holds the maps that it trains beside the original ones.
     changed = [(each, each.active) for module in maps for each in module.modules() if isinstance(each, FeatureMaps)]
-    if any(active == branch for _, active in changed):
-        raise ValueError(f"one branch must stay on: `{branch}` is the only one left")
-    for each, _ in changed:
-        each.active = "window" if branch == "linear" else "linear"
+    for each, active in changed:
+        each.active = active - {branch}
     try:
         yield
     finally:

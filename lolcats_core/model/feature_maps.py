@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.model.kv_groups import KVGroups
+from lolcats_kernels.hybrid_attention import HybridConfig, HybridWeights
+
+Branch = Literal["linear", "window"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class FeatureMaps(nn.Module):
     def __init__(self, config: LinearizeConfig, groups: KVGroups, queries_per_group: int, head_dim: int) -> None:
         super().__init__()
         self.settings, self.groups = config, groups
-        self.active: Literal["both", "linear", "window"] = "both"
+        self.active: frozenset[Branch] = frozenset(("linear", "window"))
         key_heads = len(groups.linear)
         heads = key_heads * queries_per_group
         self.heads, self.head_dim = heads, head_dim
@@ -85,24 +88,18 @@ class FeatureMaps(nn.Module):
             if factor is not None and value is not None:
                 factor.fill_(math.log(value / (1 - value)))
 
-    def operands(self, scores: Scores) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-        """(w_q, w_k, gamma) and the keyword arguments that `hybrid_attention` takes besides q, k and v.
+    def operands(self, scores: Scores) -> tuple[HybridWeights, HybridConfig]:
+        """What the operator takes besides q, k and v, for the branches that are active.
 
         Args:
-            scores: of the layer that the maps stand in.
+            scores: of the layer that the maps belong to.
         """
         config = self.settings
         gamma = self.window_factor.sigmoid()
-        linear_factor = 1 - gamma if config.linear_factor == "affine" else None
-        options: dict[str, Any] = {
-            "linear_factor": torch.zeros_like(gamma) if self.active == "window" else linear_factor,
-            "window": "none" if self.active == "linear" else config.window,
-            "window_size": config.window_size,
-            "feature_map": config.feature_map,
-            "b_q": self.b_q,
-            "b_k": self.b_k,
-            "decay": None if self.decay is None else self.decay.sigmoid(),
-            "scale": scores.scale,
-            "softcap": scores.softcap,
-        }
-        return (self.w_q, self.w_k, gamma), options
+        alpha = 1 - gamma if config.linear_factor == "affine" else None
+        if "linear" not in self.active:
+            alpha = torch.zeros_like(gamma)
+        decay = None if self.decay is None else self.decay.sigmoid()
+        weights = HybridWeights(self.w_q, self.w_k, gamma, alpha, self.b_q, self.b_k, decay)
+        window = config.window if "window" in self.active else "none"
+        return weights, HybridConfig(scores.scale, scores.softcap, window, config.window_size, config.feature_map)

@@ -29,7 +29,13 @@ from lolcats_core.model.forward_context import HybridContext, LayerCall, LayerOb
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
 from lolcats_core.training.calibration import calibrate_layer, calibration_rows
 from lolcats_core.training.loop import Rows, TrainResult, batches_of, train
-from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_weights, window_scores
+from lolcats_kernels.hybrid_attention import (
+    HybridConfig,
+    HybridWeights,
+    attention_weights,
+    transfer_error,
+    window_scores,
+)
 
 # Queries per block of the quadratic cross-entropy term: T x T weights never exist whole.
 XENT_BLOCK = 128
@@ -53,14 +59,14 @@ class LossObserver:
 
     def __call__(self, call: LayerCall) -> None:
         with torch.set_grad_enabled(self.scale is not None):
-            operands, options = call.maps.operands(call.scores)
+            weights, config = call.maps.operands(call.scores)
             q, k, v, y_true = call.as_packed()
-            mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=call.context.cu_seqlens)
+            mse = transfer_error(q, k, v, y_true, weights, config, cu_seqlens=call.context.cu_seqlens)
             loss = self.params.mse_weight * mse
             if self.params.loss_normalization == "layer":
                 loss = loss / y_true.to(mse.dtype).square().mean().clamp(min=torch.finfo(mse.dtype).tiny)
             if self.params.xent_weight:
-                loss = loss + self.params.xent_weight * attention_cross_entropy(q, k, operands, options)
+                loss = loss + self.params.xent_weight * attention_cross_entropy(q, k, weights, config)
             loss = loss / self.layers
             if self.scale is not None:
                 (loss * self.scale).backward()
@@ -71,30 +77,28 @@ class LossObserver:
         return {"loss": cast(Tensor, self.total), **self.by_layer}
 
 
-def attention_cross_entropy(
-    q: Tensor, k: Tensor, operands: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
-) -> Tensor:
+def attention_cross_entropy(q: Tensor, k: Tensor, weights: HybridWeights, config: HybridConfig) -> Tensor:
     """Mean cross-entropy between softmax and student attention weights over queries and heads; quadratic, by blocks.
 
     Args:
-        q: [B, T, H, D]; `k`: [B, T, Hk, D]; `operands`, `options`: of `hybrid_attention`.
+        q: [B, T, H, D]; `k`: [B, T, Hk, D].
     """
     batch, tokens, heads, _ = q.shape
     keys = k.transpose(1, 2).repeat_interleave(heads // k.shape[2], 1)
     position = torch.arange(tokens, device=q.device)
 
-    def block(start: int, q_block: Tensor, *maps: Tensor) -> Tensor:
+    def block(start: int, q_block: Tensor) -> Tensor:
         rows = position[start : start + q_block.shape[1]]
         products = (q_block.transpose(1, 2) @ keys.mT).float()
-        scores = window_scores(products, options["scale"], options["softcap"])
+        scores = window_scores(products, config.scale, config.softcap)
         causal = position[None, :] <= rows[:, None]
         true = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-        student = hybrid_weights(q_block.float(), k.float(), *maps, **options, first_query=start)
+        student = attention_weights(q_block.float(), k.float(), weights, config, start)
         # Weights of keys that no branch sees are zero in both; the floor keeps 0 log 0 at 0.
         return -(true * student.clamp(min=torch.finfo(student.dtype).tiny).log()).sum()
 
     starts = range(0, tokens, XENT_BLOCK)
-    sums = [checkpoint(block, i, q[:, i : i + XENT_BLOCK], *operands, use_reentrant=False) for i in starts]
+    sums = [checkpoint(block, i, q[:, i : i + XENT_BLOCK], use_reentrant=False) for i in starts]
     return torch.stack(cast(list[Tensor], sums)).sum() / (batch * heads * tokens)
 
 
@@ -163,8 +167,8 @@ class HeadErrors:
     @torch.no_grad()
     def __call__(self, call: LayerCall) -> None:
         y = student_attention(call.maps, call.q, call.k, call.v, call.scores, call.context)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        both = torch.stack([y.to(wide) - call.y_true.to(wide), call.y_true.to(wide)])
+        y_true = call.y_true.to(torch.promote_types(y.dtype, torch.float32))
+        both = torch.stack([y.to(y_true.dtype) - y_true, y_true])
         self.values[layer_name(call.index)] = both.square().mean((1, 2, 4))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lolcats_common.params import TransferParams
 from lolcats_core.model.forward_context import LayerCall
 from lolcats_core.training.loop import step_batches
-from lolcats_kernels.hybrid_attention import hybrid_attention
+from lolcats_kernels.hybrid_attention import attend
 
 ROWS = 4
 KEYS = 4096  # that are clustered, of each head
@@ -61,8 +61,7 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
-        operands, options = maps.operands(scores)
-        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=call.context.cu_seqlens))
+        y = cast(Tensor, attend(q, k, v, *maps.operands(scores), cu_seqlens=call.context.cu_seqlens))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 
     def choose(factor: Tensor, values: tuple[float, ...]) -> None:

@@ -11,17 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lolcats_common import linearize_config
 from lolcats_kernels.hybrid_attention import (
+    HybridConfig,
+    HybridWeights,
     attention_transfer_loss,
+    attention_weights,
     empty_state,
     feature_count,
     hybrid_attention,
     hybrid_attention_naive,
-    hybrid_weights,
 )
+from lolcats_kernels.hybrid_attention.config import WINDOWS
+from lolcats_kernels.hybrid_attention.feature_maps import FEATURE_MAPS
 
-WINDOWS = ("terraced", "sliding", "none")
-MAPS = ("hedgehog", "t2r", "elu")
+MAPS = tuple(FEATURE_MAPS)
 
 
 def make(
@@ -274,9 +278,10 @@ def test_state_is_float32_for_bf16_inputs_and_does_not_stagnate() -> None:
 def test_weights_sum_to_one_and_by_block_equal_the_whole() -> None:
     tensors, options = make(30)
     q, k, _, *maps = tensors
-    whole = hybrid_weights(q, k, *maps, **options, window_size=8)
+    given = HybridWeights(*maps, **options), HybridConfig(q.shape[-1] ** -0.5, window_size=8)
+    whole = attention_weights(q, k, *given)
     assert whole.sum(-1).allclose(torch.ones((), dtype=torch.float64))
-    block = hybrid_weights(q[:, 10:20], k, *maps, **options, window_size=8, first_query=10)
+    block = attention_weights(q[:, 10:20], k, *given, first_query=10)
     close(block, whole[:, :, 10:20])
 
 
@@ -307,3 +312,8 @@ def test_feature_count_is_the_map_s_width(feature_map: str) -> None:
     tensors, options = make(20, features=5)
     _, state = hybrid_attention(*tensors, **options, feature_map=feature_map, window_size=4, return_state=True)
     assert state.z.shape[-1] == feature_count(feature_map, 5)
+
+
+def test_the_settings_of_a_model_name_what_the_operator_has() -> None:
+    assert linearize_config.FEATURE_MAPS == MAPS
+    assert linearize_config.WINDOWS == WINDOWS

@@ -17,6 +17,7 @@ import triton.language as tl
 from lolcats_kernels.hybrid_attention.fused.features import (
     NO_WINDOW,
     SLIDING,
+    TERRACED,
     activation,
     activation_grad,
     load_bias,
@@ -101,7 +102,7 @@ def query_gradient_kernel(
             dq = tl.dot((own * scale).to(q.dtype), k, dq, input_precision="tf32x3")
             dq = tl.dot((previous * scale).to(q.dtype), k_previous, dq, input_precision="tf32x3")
         # The linear part after the window, whose tiles are gone from the registers by then.
-        if WINDOW != 0:
+        if WINDOW != TERRACED:
             wk = load_map(WK, hs, DB, FB)
             k_linear = k
             v_linear = v
@@ -120,7 +121,7 @@ def query_gradient_kernel(
         place = ((slot + c) * HS + hs) * HALVES * FB
         z = tl.load(STATES_Z + place + of)
         dp = tl.dot(grad, tl.trans(STATES.load([place, 0])), input_precision="tf32x3") - delta[:, None] * z[None, :]
-        if WINDOW != 0:
+        if WINDOW != TERRACED:
             features = activation(x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
             dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
         p = activation(x, of, ACT, FLOOR, F, FB).to(q.dtype)
@@ -130,7 +131,7 @@ def query_gradient_kernel(
             z = tl.load(STATES_Z + place + FB + of)
             dp = tl.dot(grad, tl.trans(STATES.load([place + FB, 0])), input_precision="tf32x3")
             dp -= delta[:, None] * z[None, :]
-            if WINDOW != 0:
+            if WINDOW != TERRACED:
                 features = activation(-x_key, of, ACT, FLOOR, F, FB).to(q.dtype)
                 dp = tl.dot(d_pairs, features, dp, input_precision="tf32x3")
             p = activation(-x, of, ACT, FLOOR, F, FB).to(q.dtype)
@@ -181,7 +182,7 @@ def key_gradient_kernel(
             hs = hk * (GROUP // SHARED) + state
             place = ((slot + c) * HS + hs) * HALVES * FB
             wk = load_map(WK, hs, DB, FB)
-            if WINDOW != 0:
+            if WINDOW != TERRACED:
                 x = tl.dot(k, wk, input_precision="tf32x3")
                 if BIASED:
                     x += load_bias(BK, hs, of, FB)[None, :]
@@ -222,7 +223,7 @@ def key_gradient_kernel(
                         d_score = tl.where(at_top, d_score - total[None, :], d_score)
                         d_score = d_score * cap_slope(score, cap, CAPPED) * scale
                         dk = tl.dot(d_score.to(q.dtype), q, dk, input_precision="tf32x3")
-                    if WINDOW != 0:
+                    if WINDOW != TERRACED:
                         wq = load_map(WQ, h, DB, FB)
                         x_query = tl.dot(q, wq, input_precision="tf32x3")
                         if BIASED:
@@ -252,7 +253,7 @@ def key_gradient_kernel(
             p = activation(x, of, ACT, FLOOR, F, FB)
             dv = tl.dot(p.to(k.dtype), s, dv, input_precision="tf32x3")
             dp = tl.dot(v, tl.trans(s), input_precision="tf32x3") + z[None, :]
-            if WINDOW != 0:
+            if WINDOW != TERRACED:
                 dp += dp_pairs
             dx = activation_grad(p, dp, ACT)
             dk = tl.dot(dx.to(k.dtype), tl.trans(wk), dk, input_precision="tf32x3")
@@ -262,7 +263,7 @@ def key_gradient_kernel(
                 n = activation(-x, of, ACT, FLOOR, F, FB)
                 dv = tl.dot(n.to(k.dtype), s, dv, input_precision="tf32x3")
                 dn = tl.dot(v, tl.trans(s), input_precision="tf32x3") + z[None, :]
-                if WINDOW != 0:
+                if WINDOW != TERRACED:
                     dn += dn_pairs
                 dxn = -activation_grad(n, dn, ACT)
                 dk = tl.dot(dxn.to(k.dtype), tl.trans(wk), dk, input_precision="tf32x3")

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lolcats_kernels.hybrid_attention.config import Maps, Spec
-from lolcats_kernels.hybrid_attention.fused.features import ACTIVATIONS, WINDOWS
+from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
+from lolcats_kernels.hybrid_attention.feature_maps import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.fused.layout import Layout, Sequences
 
 # Chunk of pure linear attention, which has no window to take it from.
@@ -34,27 +34,29 @@ class Call:
     q: Tensor
     k: Tensor
     v: Tensor
-    maps: Maps
-    spec: Spec
+    weights: HybridWeights
+    config: HybridConfig
     sequences: Sequences
     columns: int
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, sequences: Sequences) -> Call:
+    def of(q: Tensor, k: Tensor, v: Tensor, weights: HybridWeights, config: HybridConfig, sequences: Sequences) -> Call:
         q, k, v = (aligned(x) for x in (q, k.to(q.dtype), v.to(q.dtype)))
 
-        columns = padded_width(maps.w_q.shape[-1], q.dtype)
+        columns = padded_width(weights.w_q.shape[-1], q.dtype)
 
         def padded(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             if x is None:
                 return None
             return F.pad(x.detach().to(dtype), (0, columns - x.shape[-1])).contiguous()
 
-        w_q, w_k = (padded(w, q.dtype) for w in (maps.w_q, maps.w_k))
-        b_q, b_k = padded(maps.b_q, torch.float32), padded(maps.b_k, torch.float32)
-        gamma, alpha = (x.detach().float().contiguous() for x in (maps.gamma, maps.linear_factor()))
+        w_q, w_k = (padded(w, q.dtype) for w in (weights.w_q, weights.w_k))
+        b_q, b_k = padded(weights.b_q, torch.float32), padded(weights.b_k, torch.float32)
+        factors = weights.window_factor, weights.linear_factor_or_ones()
+        gamma, alpha = (x.detach().float().contiguous() for x in factors)
         assert w_q is not None and w_k is not None  # noqa: PT018
-        return Call(q, k, v, Maps(w_q, w_k, gamma, alpha, b_q, b_k), spec, sequences, maps.w_q.shape[-1])
+        in_kernels = HybridWeights(w_q, w_k, gamma, alpha, b_q, b_k)
+        return Call(q, k, v, in_kernels, config, sequences, weights.w_q.shape[-1])
 
     @property
     def heads(self) -> int:
@@ -66,7 +68,7 @@ class Call:
 
     @property
     def state_heads(self) -> int:
-        return self.maps.w_k.shape[0]
+        return self.weights.w_k.shape[0]
 
     @property
     def dim(self) -> int:
@@ -78,11 +80,11 @@ class Call:
 
     @property
     def padded_columns(self) -> int:
-        return self.maps.w_q.shape[-1]
+        return self.weights.w_q.shape[-1]
 
     @property
     def halves(self) -> int:
-        return ACTIVATIONS[self.spec.feature_map][1]
+        return FEATURE_MAPS[self.config.feature_map].halves
 
     @property
     def features(self) -> int:
@@ -91,15 +93,15 @@ class Call:
 
     @property
     def chunk(self) -> int:
-        return CHUNK_WITHOUT_WINDOW if self.spec.window == "none" else self.spec.window_size
+        return CHUNK_WITHOUT_WINDOW if self.config.window == "none" else self.config.window_size
 
     @property
     def biased(self) -> bool:
-        return self.maps.b_q is not None
+        return self.weights.b_q is not None
 
     def bias(self, which: Tensor | None) -> Tensor:
         """A bias, or any tensor in the place of none."""
-        return self.maps.gamma if which is None else which
+        return self.weights.window_factor if which is None else which
 
     def map_constants(self) -> dict[str, Any]:
         """Shapes and activation of the maps."""
@@ -109,10 +111,10 @@ class Call:
             "F": self.columns,
             "FB": self.padded_columns,
             "C": self.chunk,
-            "ACT": ACTIVATIONS[self.spec.feature_map][0],
+            "ACT": FEATURE_MAPS[self.config.feature_map].fused_code,
             "HALVES": self.halves,
             # Behind a window the denominator is at least gamma, and a floor of 1e-12 is nothing.
-            "FLOOR": self.spec.window == "none",
+            "FLOOR": self.config.window == "none",
             "BIASED": self.biased,
         }
 
@@ -121,19 +123,20 @@ class Call:
             "H": self.heads,
             "HK": self.key_heads,
             "HS": self.state_heads,
-            "WINDOW": WINDOWS[self.spec.window],
-            "CAPPED": self.spec.softcap is not None,
+            "WINDOW": self.config.window,
+            "CAPPED": self.config.softcap is not None,
         } | self.map_constants()
 
     def operands(self, states: State) -> tuple[Any, ...]:
         """The arguments that the kernels of outputs and gradients begin with."""
         q, k, v = (tiles(x, self.chunk) for x in (self.q, self.k, self.v))
-        maps, s = self.maps, self.state_tiles(states[0], self.padded_dim)
-        w_q, w_k = self.map_tiles(maps.w_q), self.map_tiles(maps.w_k)
-        return q, k, v, w_q, w_k, self.bias(maps.b_q), self.bias(maps.b_k), maps.gamma, maps.alpha, s, states[1]
+        weights, s = self.weights, self.state_tiles(states[0], self.padded_dim)
+        w_q, w_k = self.map_tiles(weights.w_q), self.map_tiles(weights.w_k)
+        b_q, b_k = self.bias(weights.b_q), self.bias(weights.b_k)
+        return q, k, v, w_q, w_k, b_q, b_k, weights.window_factor, weights.linear_factor, s, states[1]
 
     def scores(self) -> tuple[float, float]:
-        return self.spec.scale, self.spec.softcap or 0.0
+        return self.config.scale, self.config.softcap or 0.0
 
     def empty_sums(self, count: int) -> State:
         """S [count, Hs, E, D] and z [count, Hs, E] in float32 with padded E and D, not filled."""

@@ -19,13 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
+from lolcats_kernels.hybrid_attention.feature_maps import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.fused.features import (
-    ACTIVATIONS,
     LOG2E,
     NO_WINDOW,
     TERRACED,
-    WINDOWS,
     activation,
     softcapped,
 )
@@ -299,20 +298,22 @@ def state_kernel(
         tl.store(LENGTH + b, position + 1)
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: HybridState) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, weights: HybridWeights, config: HybridConfig, state: HybridState) -> Tensor:
     """y [B, 1, H, D] of one new token of each sequence; `state` is updated in place.
 
     Args:
         q: [B, 1, H, D]; `k`, `v`: [B, 1, Hk, D].
     """
     batch, _, heads, dim = q.shape
-    key_heads, state_heads, columns = k.shape[2], maps.w_k.shape[0], maps.w_q.shape[-1]
-    activation_number, halves = ACTIVATIONS[spec.feature_map]
-    terraced, window = spec.window == "terraced", 16 if spec.window == "none" else spec.window_size
+    key_heads, state_heads, columns = k.shape[2], weights.w_k.shape[0], weights.w_q.shape[-1]
+    feature_map = FEATURE_MAPS[config.feature_map]
+    halves = feature_map.halves
+    terraced, window = config.window == "terraced", 16 if config.window == "none" else config.window_size
     dtype = q.dtype
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k.to(dtype), v.to(dtype)))
-    w_q, w_k = maps.w_q.contiguous(), maps.w_k.contiguous()
-    b_q, b_k = (maps.gamma if b is None else b for b in (maps.b_q, maps.b_k))
+    w_q, w_k = weights.w_q.contiguous(), weights.w_k.contiguous()
+    gamma, alpha = weights.window_factor, weights.linear_factor_or_ones()
+    b_q, b_k = (gamma if b is None else b for b in (weights.b_q, weights.b_k))
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(batch, *shape, dtype=torch.float32, device=q.device)
@@ -332,16 +333,16 @@ def decode(q: Tensor, k: Tensor, v: Tensor, maps: Maps, spec: Spec, state: Hybri
         "F": columns,
         "FB": max(16, triton.next_power_of_2(columns)),
         "R": window * (2 if terraced else 1),
-        "WINDOW": WINDOWS[spec.window],
+        "WINDOW": config.window,
         "HALVES": halves,
     }
     of_new = (k.stride(0), k.stride(2), v.stride(0), v.stride(2))
     blocks = (heads + state_heads * (halves if terraced else 1)) * triton.cdiv(batch, SEQUENCES)
     window_kernel[(key_heads * batch + blocks,)](
-        q, k, v, w_q, w_k, b_q, b_k, maps.gamma, maps.linear_factor(), state.s, state.z, state.ring_k, state.ring_v,
-        state.length, *passed, batch, spec.scale, spec.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
-        G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), C=window, ACT=activation_number,
-        FLOOR=spec.window == "none", BIASED=maps.b_q is not None, CAPPED=spec.softcap is not None, N=SEQUENCES,
+        q, k, v, w_q, w_k, b_q, b_k, gamma, alpha, state.s, state.z, state.ring_k, state.ring_v,
+        state.length, *passed, batch, config.scale, config.softcap or 0.0, q.stride(0), q.stride(2), *of_new, **shape,
+        G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), C=window, ACT=feature_map.fused_code,
+        FLOOR=config.window == "none", BIASED=weights.b_q is not None, CAPPED=config.softcap is not None, N=SEQUENCES,
         num_warps=4,
     )  # fmt: skip
     warps = min(16, max(4, shape["DB"] * shape["FB"] // STATE_PER_WARP))

@@ -10,22 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TERRACED = tl.constexpr(0)
-SLIDING = tl.constexpr(1)
-NO_WINDOW = tl.constexpr(2)
-SOFTMAX = tl.constexpr(0)
-RELU = tl.constexpr(1)
-ELU = tl.constexpr(2)
+# Names of `config.WINDOWS` and codes of `feature_maps.FEATURE_MAPS`.
+TERRACED = tl.constexpr("terraced")
+SLIDING = tl.constexpr("sliding")
+NO_WINDOW = tl.constexpr("none")
+SOFTMAX = tl.constexpr("softmax")
+RELU = tl.constexpr("relu")
+ELU = tl.constexpr("elu")
 LOG2E = tl.constexpr(1.4426950408889634)
 FEATURE_FLOOR = tl.constexpr(1e-12)
-
-WINDOWS = {"terraced": 0, "sliding": 1, "none": 2}
-# Name → (activation, halves).
-ACTIVATIONS = {
-    "hedgehog": (0, 2),
-    "t2r": (1, 1),
-    "elu": (2, 1),
-}
 
 
 @triton.jit
@@ -104,6 +97,7 @@ def activation(x, of, ACT: tl.constexpr, FLOOR: tl.constexpr, F: tl.constexpr, F
     elif ACT == RELU:
         y = tl.maximum(x, 0.0)
     else:
+        tl.static_assert(ACT == ELU)
         y = tl.where(x > 0, x + 1, tl.exp2(x * LOG2E))
     if FLOOR:
         y = tl.maximum(y, FEATURE_FLOOR)

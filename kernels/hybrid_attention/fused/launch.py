@@ -6,21 +6,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.fused.backward import (
     key_gradient_kernel,
     map_product_kernel,
     query_gradient_kernel,
 )
 from lolcats_kernels.hybrid_attention.fused.call import Call, State, aligned, tiles
-from lolcats_kernels.hybrid_attention.fused.features import WINDOWS
 from lolcats_kernels.hybrid_attention.fused.layout import Layout
 from lolcats_kernels.hybrid_attention.fused.output import map_gradient_kernel, output_kernel
 from lolcats_kernels.hybrid_attention.fused.states import reverse_states_kernel, states_kernel
@@ -31,19 +29,19 @@ HEAD_DIMS = (32, 64, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unsupported(q: Tensor, v: Tensor, maps: Maps, spec: Spec) -> str | None:
+def unsupported(q: Tensor, v: Tensor, weights: HybridWeights, config: HybridConfig) -> str | None:
     """The constraint that keeps a call from the fused kernels, or None."""
-    if maps.decay is not None:
+    if weights.decay is not None:
         return "a decay of the linear weights is computed by the chunked form alone"
-    columns = maps.w_q.shape[-1]
-    size = spec.window_size
+    columns = weights.w_q.shape[-1]
+    size = config.window_size
     if q.dtype not in DTYPES:
         return f"dtype must be float16, bfloat16 or float32, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS or v.shape[-1] != q.shape[-1]:
         return f"the head dim must be one of {HEAD_DIMS} for q, k and v, got {q.shape[-1]} and {v.shape[-1]}"
     if not 16 <= columns <= 128:
         return f"the feature dim must be from 16 to 128, got {columns}"
-    if spec.window != "none" and (size not in (16, 32, 64, 128)):
+    if config.window != "none" and (size not in (16, 32, 64, 128)):
         return f"the window size must be 16, 32, 64 or 128, got {size}"
     return None
 
@@ -69,14 +67,14 @@ def chunk_states(call: Call, initial: State | None, final: State | None) -> Stat
     block = value_block(call)
     parts = call.halves * (call.padded_dim // block)
     layout = segments_for(call, parts)
-    states, nothing = call.empty_states(layout.slots), (call.maps.gamma,) * 2
+    states, nothing = call.empty_states(layout.slots), (call.weights.window_factor,) * 2
     sums = call.empty_sums(layout.segments) if layout.split else nothing
     constants = call.map_constants() | {
         "HS": call.state_heads,
         "PER_KEY": call.state_heads // call.key_heads,
         "BV": block,
-        "LAG": 1 if call.spec.window == "none" else 2,
-        "WINDOW": WINDOWS[call.spec.window],
+        "LAG": 1 if call.config.window == "none" else 2,
+        "WINDOW": call.config.window,
         "SPLIT": layout.split,
         "CONTINUED": initial is not None,
         "ENDS": final is not None,
@@ -85,8 +83,8 @@ def chunk_states(call: Call, initial: State | None, final: State | None) -> Stat
 
     for store in (False, True) if layout.split else (True,):
         states_kernel[(call.state_heads, layout.segments, parts)](
-            tiles(call.k, call.chunk), tiles(call.v, call.chunk, block), call.map_tiles(call.maps.w_k),
-            call.bias(call.maps.b_k), *(initial or nothing), *sums, call.state_tiles(states[0], block), states[1],
+            tiles(call.k, call.chunk), tiles(call.v, call.chunk, block), call.map_tiles(call.weights.w_k),
+            call.bias(call.weights.b_k), *(initial or nothing), *sums, call.state_tiles(states[0], block), states[1],
             *(final or nothing), layout.table, layout.first, **constants, STORE=store, num_warps=_warps(call),
             num_stages=_stages(call),
         )  # fmt: skip
@@ -99,21 +97,21 @@ def reverse_states(call: Call, grad: Tensor, den: Tensor, delta: Tensor) -> Stat
     parts = call.halves * (call.padded_dim // block)
     layout = segments_for(call, parts)
     states = call.empty_states(layout.slots)
-    sums = call.empty_sums(layout.segments) if layout.split else (call.maps.gamma,) * 2
+    sums = call.empty_sums(layout.segments) if layout.split else (call.weights.window_factor,) * 2
     constants = call.map_constants() | {
         "H": call.heads,
         "HS": call.state_heads,
         "BV": block,
-        "LAG": 1 if call.spec.window == "none" else 2,
+        "LAG": 1 if call.config.window == "none" else 2,
         "SPLIT": layout.split,
     }
     del constants["D"]
     for store in (False, True) if layout.split else (True,):
         reverse_states_kernel[(call.state_heads, layout.segments, parts)](
-            tiles(call.q, call.chunk), call.map_tiles(call.maps.w_q), call.bias(call.maps.b_q),
-            tiles(grad, call.chunk, block), den, delta, call.maps.alpha, *sums, call.state_tiles(states[0], block),
-            states[1], layout.table, layout.first, call.q.shape[1], **constants, STORE=store, num_warps=_warps(call),
-            num_stages=_stages(call),
+            tiles(call.q, call.chunk), call.map_tiles(call.weights.w_q), call.bias(call.weights.b_q),
+            tiles(grad, call.chunk, block), den, delta, call.weights.linear_factor, *sums,
+            call.state_tiles(states[0], block), states[1], layout.table, layout.first, call.q.shape[1], **constants,
+            STORE=store, num_warps=_warps(call), num_stages=_stages(call),
         )  # fmt: skip
     return states
 
@@ -127,7 +125,7 @@ def forward(call: Call, initial: State | None = None, final: State | None = None
     states = chunk_states(call, initial, final)
     y = call.outputs()
     layout = call.sequences.layout(call.chunk, 1)
-    none = call.maps.gamma
+    none = call.weights.window_factor
     output_kernel[(call.heads, layout.segments)](
         *call.operands(states), y, layout.table, none, none if den is None else den, none, none,
         *call.scores(), call.q.shape[1],
@@ -136,21 +134,9 @@ def forward(call: Call, initial: State | None = None, final: State | None = None
     return y
 
 
-@dataclass(frozen=True)
-class MapGradients:
-    """Of the tensors in `Maps`, in float32."""
-
-    w_q: Tensor
-    w_k: Tensor
-    gamma: Tensor
-    alpha: Tensor
-    b_q: Tensor | None
-    b_k: Tensor | None
-
-
 def backward(
     call: Call, y: Tensor, den: Tensor, grad: Tensor, initial: State | None, *, maps: bool
-) -> tuple[Tensor, Tensor, Tensor, MapGradients | None]:
+) -> tuple[Tensor, Tensor, Tensor, HybridWeights | None]:
     """Gradients of q, k and v; of the maps only with `maps` (low-rank finetuning freezes them). `den`: of `forward`."""
     grad, y = aligned(grad.to(call.q.dtype)), aligned(y)
     batch, tokens = call.q.shape[:2]
@@ -160,14 +146,13 @@ def backward(
     dq = make(call.q.shape, dtype=call.q.dtype, device=device)
     dk, dv = (make(call.k.shape, dtype=call.q.dtype, device=device) for _ in range(2))
     layout = call.sequences.layout(call.chunk, 1)
-    wide = torch.float32
     delta, top, total = (call.per_token() for _ in range(3))
     argmax = call.per_token(torch.int32)
     dxq = make(batch, tokens, call.heads, columns, dtype=call.q.dtype, device=device) if maps else dq
     dxk = make(batch, tokens, call.state_heads, columns, dtype=call.q.dtype, device=device) if maps else dk
-    euler = torch.zeros(layout.segments, call.heads, dtype=wide, device=device)
+    euler = torch.zeros(layout.segments, call.heads, dtype=torch.float32, device=device)
     dbq, dbk = (
-        torch.zeros(layout.segments, heads, columns if call.biased else 0, dtype=wide, device=device)
+        torch.zeros(layout.segments, heads, columns if call.biased else 0, dtype=torch.float32, device=device)
         for heads in (call.heads, call.state_heads)
     )
     constants = call.window_constants() | {"MAPS": maps, "num_warps": _warps(call), "num_stages": 1}
@@ -186,16 +171,16 @@ def backward(
     if not maps:
         return dq, dk, dv, None
     euler = euler.sum(0)
-    alpha = call.maps.alpha
+    alpha = call.weights.linear_factor
     assert alpha is not None
     return (
         dq,
         dk,
         dv,
-        MapGradients(
+        HybridWeights(
             _map_product(call, call.q, dxq),
             _map_product(call, call.k, dxk),
-            torch.zeros_like(euler) if call.spec.window == "none" else -euler / call.maps.gamma,
+            torch.zeros_like(euler) if call.config.window == "none" else -euler / call.weights.window_factor,
             euler / alpha,
             dbq.sum(0) if call.biased else None,
             dbk.sum(0) if call.biased else None,
@@ -203,7 +188,7 @@ def backward(
     )
 
 
-def transfer(call: Call, target: Tensor, *, gradients: bool) -> tuple[Tensor, MapGradients | None]:
+def transfer(call: Call, target: Tensor, *, gradients: bool) -> tuple[Tensor, HybridWeights | None]:
     """Sum of squared errors of the output against `target` [B, T, H, D], and the gradients of half of it.
 
     Terraced windows only, where the window itself needs no gradient (docs/method.md, section 6). Neither the output nor
@@ -214,7 +199,7 @@ def transfer(call: Call, target: Tensor, *, gradients: bool) -> tuple[Tensor, Ma
     layout = call.sequences.layout(call.chunk, 1)
     tokens = call.q.shape[1]
     errors = call.outputs() if gradients else target
-    den, delta = (call.per_token() if gradients else call.maps.gamma for _ in range(2))
+    den, delta = (call.per_token() if gradients else call.weights.window_factor for _ in range(2))
     loss = call.parts(layout, call.heads)
     output_kernel[(call.heads, layout.segments)](
         *call.operands(states), errors, layout.table, tiles(target, call.chunk), den, delta, loss,
@@ -225,26 +210,27 @@ def transfer(call: Call, target: Tensor, *, gradients: bool) -> tuple[Tensor, Ma
         return loss.sum(), None
     layout = call.sequences.layout(call.chunk, _chunks_per_program(call, call.heads))
 
+    weights, alpha = call.weights, call.weights.linear_factor
+    assert alpha is not None
+
     def map_gradient(x: Tensor, other: Tensor, w: Tensor, bias: Tensor | None, states: State, query: bool) -> Any:
         heads = w.shape[0]
         dw = call.parts(layout, heads, call.dim, call.columns)
         db, euler = call.parts(layout, heads, call.columns), call.parts(layout, heads)
         map_gradient_kernel[(heads, layout.segments)](
             tiles(x, call.chunk), tiles(other, call.chunk), call.map_tiles(w), call.bias(bias),
-            call.state_tiles(states[0], call.padded_dim), states[1], den, delta, call.maps.alpha, dw, db, euler,
+            call.state_tiles(states[0], call.padded_dim), states[1], den, delta, weights.linear_factor, dw, db, euler,
             layout.table, tokens, HEADS=heads, PER_X=heads // x.shape[2], PER_STATE=heads // call.state_heads,
             QUERY=query, **call.map_constants(), num_warps=_warps(call), num_stages=1,
         )  # fmt: skip
         return dw.sum(0), db.sum(0) if call.biased else None, euler.sum(0)
 
-    maps, alpha = call.maps, call.maps.alpha
-    assert alpha is not None
-    w_q, b_q, euler = map_gradient(call.q, errors, maps.w_q, maps.b_q, states, query=True)
+    w_q, b_q, euler = map_gradient(call.q, errors, weights.w_q, weights.b_q, states, query=True)
     del states
     reverse = reverse_states(call, errors, den, delta)
-    w_k, b_k, _ = map_gradient(call.k, call.v, maps.w_k, maps.b_k, reverse, query=False)
+    w_k, b_k, _ = map_gradient(call.k, call.v, weights.w_k, weights.b_k, reverse, query=False)
     # By Euler's theorem: the output does not change when both factors are scaled alike.
-    return loss.sum(), MapGradients(w_q, w_k, -euler / maps.gamma, euler / alpha, b_q, b_k)
+    return loss.sum(), HybridWeights(w_q, w_k, -euler / weights.window_factor, euler / alpha, b_q, b_k)
 
 
 def _chunks_per_program(call: Call, heads: int) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from lolcats_kernels.hybrid_attention.fused.features import (
     NO_WINDOW,
     SLIDING,
+    TERRACED,
     activation,
     activation_grad,
     load_bias,
@@ -47,7 +48,7 @@ def output_kernel(
     gamma = tl.load(GAMMA + h)
     alpha = tl.load(ALPHA + h)
     wq = load_map(WQ, h, DB, FB)
-    if WINDOW != 0:
+    if WINDOW != TERRACED:
         wk = load_map(WK, hs, DB, FB)
     y_base = Y + ((row.to(tl.int64) * T + start) * H + h) * D
     loss = tl.zeros([C], tl.float32)
@@ -89,7 +90,7 @@ def output_kernel(
             weighted_n = (alpha * activation(-x, of, ACT, FLOOR, F, FB)).to(q.dtype)
             den += tl.sum(weighted_n * zn[None, :], 1)
             acc = tl.dot(weighted_n, sn, acc, input_precision="tf32x3")
-        if WINDOW != 0:
+        if WINDOW != TERRACED:
             # Pairs that are linear inside the two chunks: those that have left a sliding window, or all of them.
             if WINDOW == SLIDING:
                 k_linear = k_previous
