@@ -66,7 +66,7 @@ class ResultCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, name: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, name: str, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The kept result, or that of `measure`, which is then kept. A damaged file counts as none.
 
         Args:
@@ -81,4 +81,4 @@ class ResultCache:
             logger.warning("%s is damaged; measured again", file)
         result = measure()
         write_json(file, result)
-        return result
+        return dict(result)

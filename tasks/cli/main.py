@@ -232,7 +232,7 @@ def _model_path(root: Path, model: str | None) -> Path:
     if path.exists():
         raise UserError(f"--model {model}: no config.json or delta.json in it, so it is no model directory")
     from lolcats_common.params import load_params
-    from tasks.registry.register import download
+    from tasks.registry.versions import download
 
     return download(root, load_params(root / "params.yaml").register.name, model)
 

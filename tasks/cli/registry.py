@@ -33,9 +33,9 @@ def _registered() -> tuple[Any, Any]:
 def gates(version: Version = "candidate") -> None:
     """Run the gates of params.yaml on a version; one that passes becomes the challenger. Exit code 1 if refused."""
     root, params = _registered()
-    from tasks.registry.promotion import examine
+    from tasks.registry.promotion import run_gates
 
-    report = examine(root, params.register.name, params.gates, version)
+    report, _ = run_gates(root, params.register.name, params.gates, version)
     print(report.markdown())
     if not report.passed:
         raise typer.Exit(1)
@@ -46,7 +46,7 @@ def promote(version: Version = "challenger") -> None:
     root, params = _registered()
     from tasks.registry.promotion import promote as move
 
-    print(f"{params.register.name} version {move(root, params.register.name, version)} is the champion.")
+    print(f"{params.register.name} version {move(root, params.register.name, version).version} is the champion.")
 
 
 def rollback() -> None:

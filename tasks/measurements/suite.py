@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
+from lolcats_common.records import Audit, Positions, StateBytes
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
@@ -112,7 +113,7 @@ class Measurements:
         self.cache = ResultCache(stage.results)
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
-    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
         """The result of `measure`, from the scratch directory where an earlier, cut-short run left it."""
         file = self.stage.scratch / "measured" / f"{name}.json"
         try:
@@ -123,8 +124,8 @@ class Measurements:
             return result
 
     def cached(
-        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+    ) -> Any:
         """As `kept`, and from the result cache where this very model was measured before under the same settings."""
 
         def look_up() -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Measurements:
 
         return self.kept(f"{name}-{step}", look_up)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> StateBytes:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
         config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
         return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
@@ -189,13 +190,13 @@ class Measurements:
 
         return self.cached(step, f"recall-{gap}", {"samples": self.params.recall_samples}, measure)
 
-    def positions(self, step: str) -> dict[str, Any]:
+    def positions(self, step: str) -> Positions:
         """Loss by position in rows longer than those of training."""
         context = self.teacher_facts()["context"]
         length = LONG_FACTOR * int(self.rows.sequence_length)
         length = min(length, context) if context else length
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Mapping[str, Any]:
             batch = position.joined_rows(self.rows, length, self.params.long_rows)
             count, tokens = batch["input_ids"].shape
             with progress(count, f"loss by position of the {step} model") as bar:
@@ -256,11 +257,11 @@ class Measurements:
 
         return self.kept("teacher-facts", look)
 
-    def audit(self, step: str) -> dict[str, Any]:
+    def audit(self, step: str) -> Audit:
         """The teacher's entropy, the error by head of the transferred model, or the branches of the finetuned one."""
         count, rows = self.params.audit_rows, self.rows
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Audit:
             logger.info("audit of the %s model", step)
             model = self.models.get(step)
             if step == "teacher":
