@@ -37,7 +37,7 @@ from benchmarks.stages import llama_config
 from lolcats_common.files import write_json
 from lolcats_common.params import Params
 from lolcats_core.compute import distributed
-from lolcats_core.estimation.doctor import FITS, device_memory
+from lolcats_core.estimation.memory import FITS, device_memory
 from lolcats_core.streaming.load_student import load_student
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.loop import TrainResult

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lolcats_core import linearize, load_feature_maps, low_rank_finetune, save_delta
 from lolcats_core.compute import distributed
@@ -14,7 +14,7 @@ from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.export.merging import base_fingerprint, save_merged
 from lolcats_core.streaming.load_student import load_student
 from lolcats_core.streaming.weights import WeightFiles
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer, read_pin, verified_folder
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from tasks.reporting.figures import loss_figure
 from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
@@ -30,17 +30,16 @@ def run(stage: Stage) -> Mapping[str, float]:
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
     settings, maps = selected(stage)
-    pin = read_pin(stage.input("teacher"))
+    teacher = Teacher.open(stage.input("teacher"))
     # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
     by_layer = params.finetune.quantize_base or distributed.world() > 1
     if by_layer:
-        folder = verified_folder(stage.input("teacher"))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=pin.trust_remote_code)
         quantized = params.finetune.quantize_base
-        student = load_student(folder, config, settings, device=device, dtype=dtype, quantized=quantized)
+        student = load_student(
+            teacher.folder, teacher.config, settings, device=device, dtype=dtype, quantized=quantized
+        )
     else:
-        teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-        student = linearize(teacher, settings, seed=params.seed)
+        student = linearize(teacher.load(dtype, device), settings, seed=params.seed)
     load_feature_maps(student, maps)
     check_target_modules(student, params.finetune)
     total = sum(p.numel() for p in student.parameters())
@@ -59,19 +58,20 @@ def run(stage: Stage) -> Mapping[str, float]:
     stage.log_figure("finetune_loss.png", loss_figure(result.history, "Low-rank finetuning"))
     write_history(stage.out / "history.jsonl", result)
     if by_layer:
-        _write_from_files(stage, adapted, WeightFiles(folder), dtype)
+        _write_from_files(stage, adapted, teacher, dtype)
     else:
-        save_delta(adapted, stage.out / "adapter", pin)
+        save_delta(adapted, stage.out / "adapter", teacher.pin)
         cast(PreTrainedModel, adapted.merge_and_unload()).save_pretrained(stage.out / "model")
-    load_tokenizer(stage.input("teacher")).save_pretrained(stage.out / "model")
+    teacher.tokenizer().save_pretrained(stage.out / "model")
     return training_metrics(result, trainable, total)
 
 
-def _write_from_files(stage: Stage, adapted: PeftModel, files: WeightFiles, dtype: torch.dtype) -> None:
+def _write_from_files(stage: Stage, adapted: PeftModel, teacher: Teacher, dtype: torch.dtype) -> None:
     """adapter/ and model/ where the base in memory is not the teacher's own."""
+    files = WeightFiles(teacher.folder)
     if distributed.is_main():
         weights = base_fingerprint(adapted.get_base_model(), files, dtype)
-        save_delta(adapted, stage.out / "adapter", read_pin(stage.input("teacher")), weights)
+        save_delta(adapted, stage.out / "adapter", teacher.pin, weights)
         save_merged(adapted, files, dtype, stage.out / "model")
     files.close()
     distributed.barrier()

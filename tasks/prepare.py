@@ -21,7 +21,7 @@ from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placem
 from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import Raw, describe, raw_records
-from lolcats_core.teacher.pin import load_tokenizer, read_pin
+from lolcats_core.teacher.pin import Teacher
 from tasks.runner.record_schemas import check_rows, rejected_records
 from tasks.runner.stage import Stage, main
 
@@ -97,8 +97,8 @@ def run(stage: Stage) -> Mapping[str, float]:
         UserError: the source cannot be read, too many records are rejected, or a side ends up empty.
     """
     data = stage.params.data
-    pin = stage.input("teacher")
-    tokenizer, vocab = load_tokenizer(pin), read_pin(pin).vocab_size
+    teacher = Teacher.open(stage.input("teacher"))
+    tokenizer, vocab = teacher.tokenizer(), teacher.pin.vocab_size
     _check_bounds(data)
     source = describe(data, stage.root)
     encoder, counts = Encoder(tokenizer), Counts()
@@ -136,7 +136,9 @@ def run(stage: Stage) -> Mapping[str, float]:
     for name in SPLITS:
         _check_written(stage.out / name, _range(data, name))
     metrics = _metrics(counts, sides)
-    write_json(stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(pin))})
+    write_json(
+        stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(teacher.pin_dir))}
+    )
     for name, context in zip(SPLITS, ("training", "validation"), strict=True):
         rows = TokenRows.open(stage.out / name)
         profile = {"rows": len(rows), "tokens": rows.tokens, "sequence_length": rows.sequence_length}

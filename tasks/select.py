@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoConfig
 
 from lolcats_common.files import write_json
 from lolcats_common.linearize_config import LinearizeConfig
@@ -14,8 +13,8 @@ from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
-from lolcats_core.teacher.pin import load_teacher, locate, read_pin
-from lolcats_core.training.selection import NEEDS_MODEL, Divergence, select, student_divergence
+from lolcats_core.teacher.pin import Teacher
+from lolcats_core.training.selection import NEEDS_MODEL, Divergence, choose_softmax, student_divergence
 from tasks.reporting.figures import selection_figure
 from tasks.runner.artifacts import MAPS, open_rows
 from tasks.runner.stage import Stage, main
@@ -24,17 +23,16 @@ from tasks.runner.stage import Stage, main
 def run(stage: Stage) -> Mapping[str, float]:
     """Write selection.json, its plot, and feature_maps.safetensors of what stays linear."""
     params, settings = stage.params.select, stage.params.linearize
-    pin = read_pin(stage.input("teacher"))
-    config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
+    teacher = Teacher.open(stage.input("teacher"))
     saved = json.loads((stage.input("transfer") / "errors.json").read_text(encoding="utf-8"))
     errors = {int(layer): each for layer, each in saved.items()}
     needed = params.softmax_budget is not None and params.criterion in NEEDS_MODEL
-    divergence = _divergence(stage, settings) if needed else None
-    selection = select(params, settings, config, errors, seed=stage.params.seed, divergence=divergence)
+    divergence = _divergence(stage, teacher, settings) if needed else None
+    selection = choose_softmax(params, settings, teacher.config, errors, seed=stage.params.seed, divergence=divergence)
 
     maps = read_feature_maps(stage.input("transfer") / MAPS, settings.to_dict())
     with torch.device("meta"):
-        made, kept = (empty_student(config, each) for each in (settings, selection.settings))
+        made, kept = (empty_student(teacher.config, each) for each in (settings, selection.settings))
     write_feature_maps(restrict_maps(maps, made, kept), selection.settings, stage.out / MAPS)
     found = selection.to_dict(params)
     write_json(stage.out / "selection.json", found)
@@ -45,10 +43,10 @@ def run(stage: Stage) -> Mapping[str, float]:
     return {"cache_ratio": selection.cache_ratio, "kept": float(len(selection.kept))}
 
 
-def _divergence(stage: Stage, settings: LinearizeConfig) -> Divergence:
+def _divergence(stage: Stage, source: Teacher, settings: LinearizeConfig) -> Divergence:
     device, dtype = stage.device(), resolve_dtype(stage.params.compute.precision)
     _, rows = open_rows(stage)
-    teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
+    teacher = source.load(dtype, device)
     student = linearize(teacher, settings)
     load_feature_maps(student, stage.input("transfer") / MAPS)
     count = stage.params.select.rows

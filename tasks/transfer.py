@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 from lolcats_common.files import write_json
+from lolcats_common.params import Params
 from lolcats_core import attention_transfer, linearize
 from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.estimation.memory import GIB, device_memory, streamed_memory, transfer_memory, transfer_mode
+from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.model.modeling import empty_student, named_map_parameters, write_feature_maps
 from lolcats_core.streaming.load_student import load_student
-from lolcats_core.teacher.pin import load_teacher, locate, read_pin, verified_folder
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import head_errors
 from lolcats_core.training.loop import TrainResult
 from lolcats_core.training.streamed_transfer import streamed_attention_transfer
@@ -22,23 +26,25 @@ from tasks.runner import preflight
 from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
 from tasks.runner.stage import Stage, main
 
+logger = logging.getLogger(__name__)
+
 
 def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json, errors.json and history.jsonl; metrics of the training."""
     params = stage.params
-    preflight.check(params, stage.input("teacher"), stage.root)
+    source = Teacher.open(stage.input("teacher"))
+    preflight.check(params, source)
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
-    pin = read_pin(stage.input("teacher"))
-    config = AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
+    config = source.config
     with torch.device("meta"):
         shape = empty_student(config, params.linearize)
     trains = params.transfer.enabled and bool(named_map_parameters(shape))
     result, streamed = TrainResult(), False
-    if trains and preflight.transfer_mode(params, config, device) == "streamed":
+    if trains and chosen_mode(params, config, device) == "streamed":
         streamed = True
         maps, result, errors = streamed_attention_transfer(
-            verified_folder(stage.input("teacher")),
+            source.folder,
             config,
             params.linearize,
             train_rows,
@@ -56,11 +62,11 @@ def run(stage: Stage) -> Mapping[str, float]:
             stage.log_metrics({k: v for k, v in entry.items() if k.endswith("_loss")}, int(entry["step"]))
     else:
         if distributed.world() > 1:
-            folder = verified_folder(stage.input("teacher"))
-            student = load_student(folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed)
+            student = load_student(
+                source.folder, config, params.linearize, device=device, dtype=dtype, seed=params.seed
+            )
         else:
-            teacher = load_teacher(stage.input("teacher"), dtype=dtype, device=device)
-            student = linearize(teacher, params.linearize, seed=params.seed)
+            student = linearize(source.load(dtype, device), params.linearize, seed=params.seed)
         maps = dict(named_map_parameters(student))
         if trains:
             result = attention_transfer(
@@ -85,6 +91,15 @@ def run(stage: Stage) -> Mapping[str, float]:
     metrics = training_metrics(result, trainable, sum(p.numel() for p in shape.parameters()))
     metrics["streamed"] = float(streamed)
     return metrics if result.steps else metrics | {"best_validation_loss": 0.0}
+
+
+def chosen_mode(params: Params, config: PreTrainedConfig, device: torch.device) -> str:
+    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
+    shape, memory = ModelShape.from_config(config), device_memory(device)
+    mode = transfer_mode(params, shape, memory)
+    need = transfer_memory(params, shape) if mode == "joint" else streamed_memory(params, shape)
+    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
+    return mode
 
 
 if __name__ == "__main__":

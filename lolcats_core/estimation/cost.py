@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
-from lolcats_core.estimation.doctor import EFFICIENCY, FITS, GIB, flops_per_token, streamed_memory, train_memory
+from lolcats_core.estimation.doctor import EFFICIENCY, flops_per_token
+from lolcats_core.estimation.memory import FITS, GIB, streamed_memory, train_memory
 from lolcats_core.estimation.shapes import ModelShape
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,15 +13,19 @@ import torch
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_device
+from lolcats_core.estimation.memory import (
+    GIB,
+    device_memory,
+    evaluated_by_layers,
+    streamed_memory,
+    train_memory,
+    transfer_mode,
+)
 from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
-from lolcats_core.model.forward import MAX_FLOAT_LOGITS
 
-GIB = 2**30
 # Share of a device's measured matrix-product rate that each stage reaches; docs/performance.md says how measured.
 EFFICIENCY = {"cpu": {"transfer": 0.25, "finetune": 0.25}, "cuda": {"transfer": 0.72, "finetune": 0.49}}
 COMMIT = 40
-# Share of a device's memory up to which an estimate counts as fitting.
-FITS = 0.9
 
 
 @dataclass(frozen=True)
@@ -59,80 +62,6 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
 
         return ModelShape.from_config(AutoConfig.from_pretrained(config.parent))
     return KNOWN_MODELS.get(source)
-
-
-def train_memory(params: Params, shape: ModelShape) -> dict[str, float]:
-    """Bytes on the training device at the peak of each stage (an estimate from the shapes).
-
-    Stage 1 holds the weights and one layer's work; stage 2 every layer's graph, or one and every layer's input with
-    gradient checkpointing. In bfloat16 the fused kernels keep their chunks' states alone, in float32 (the CPU's
-    precision) the chunked form keeps scores and features besides.
-    """
-    wide = 2 if params.compute.precision == "bfloat16" else 4
-    weights = shape.parameters * wide
-    maps = shape.layers * (2 * shape.heads * shape.head_dim * params.linearize.feature_dim + shape.heads)
-    features, window = 2 * params.linearize.feature_dim, params.linearize.window_size
-    # Per token and layer: projected, rotated and mixed rows, and the float32 states of the chunks.
-    queries, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
-    attention = wide * 2 * (queries + keys) + 4 * shape.heads * features * shape.head_dim / window
-    if wide == 4:
-        attention += 4 * shape.heads * (8 * window + 6 * features + 8 * shape.head_dim)
-    # Stage 1: the MLP's gate, its activation and its product live at once; or two sets of states.
-    passing = 4 * wide * shape.hidden + max(3 * wide * shape.intermediate, 2 * attention)
-    # Stage 2: two norms keep their float32 inputs and their outputs, the adapters float32 inputs.
-    kept = 2 * (4 + wide) * shape.hidden + 4 * (3 * shape.hidden + queries) + attention + 3 * wide * shape.intermediate
-    tokens = {
-        "transfer": params.transfer.batch_size * params.data.sequence_length,
-        "finetune": params.finetune.batch_size * params.data.sequence_length,
-    }
-    graph = kept * shape.layers
-    if params.compute.gradient_checkpointing:
-        graph = 2 * kept + wide * shape.hidden * shape.layers
-    # Beyond `MAX_FLOAT_LOGITS` they are made a slice at a time.
-    logits = min(tokens["finetune"] * shape.vocab, MAX_FLOAT_LOGITS) * (wide + 3 * 4)
-    trained = 16 if params.finetune.train_feature_maps else 4
-    lora = 16 * params.finetune.lora_rank * shape.layers * 8 * shape.hidden
-    return {
-        "transfer": weights + 16 * maps + tokens["transfer"] * passing,
-        "finetune": weights + trained * maps + lora + tokens["finetune"] * graph + logits,
-    }
-
-
-def streamed_memory(params: Params, shape: ModelShape) -> float:
-    """Bytes on the training device at the peak of a streamed stage 1: `train_memory` of one layer alone, with the batch
-    that is read ahead and the two that are written behind.
-
-    The embedding is there before the first layer, and alone.
-    """
-    wide = 2 if params.compute.precision == "bfloat16" else 4
-    one = replace(shape, layers=1)
-    embeddings = one.parameters - one.layer_parameters
-    under_way = 3 * params.transfer.batch_size * params.data.sequence_length * shape.hidden * wide
-    whole = train_memory(params, one)["transfer"] - embeddings * wide + under_way
-    return max(whole, wide * shape.vocab * shape.hidden)
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of memory of a device, the machine's for the CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def transfer_mode(params: Params, shape: ModelShape, memory: float) -> str:
-    """``joint`` or ``streamed``: what `transfer.mode: auto` means for `memory` bytes on the training device."""
-    if params.transfer.mode != "auto":
-        return params.transfer.mode
-    wide = 2 if params.compute.precision == "bfloat16" else 4
-    # Several processes divide the weights.
-    elsewhere = shape.parameters * wide * (1 - 1 / params.compute.processes)
-    return "joint" if train_memory(params, shape)["transfer"] - elsewhere < FITS * memory else "streamed"
-
-
-def evaluated_by_layers(params: Params, shape: ModelShape, memory: float) -> bool:
-    """Whether stage `evaluate` runs models layer by layer, since the weights leave no room in `memory` bytes."""
-    wide = 2 if params.compute.precision == "bfloat16" else 4
-    return shape.parameters * wide >= FITS * memory
 
 
 def planned_tokens(params: Params) -> dict[str, int | None]:

@@ -1,9 +1,9 @@
 """Greedy continuations of a model beside its teacher's, and what generating them costs.
 
 Log-likelihoods hide what is lost once a model reads its own output (arXiv 2603.26556).
-"""
 
 # B batch, T tokens of the prompt, N new tokens
+"""
 
 from __future__ import annotations
 

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
 from lolcats_common.errors import DivergedError, UserError
 from lolcats_common.files import sha256_json, write_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_common.locks import locked
 from lolcats_common.params import FinetuneParams, Params, TransferParams
 from lolcats_core.compute.device import resolve_device, resolve_dtype, seed_everything
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.model.modeling import linearize, load_feature_maps, save_feature_maps
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import attention_transfer, evaluate_transfer
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
@@ -103,10 +103,11 @@ def load_setting(pin: Path, rows: Path, params: Params, budget: Budget, scratch:
         UserError: the teacher or the rows are missing or damaged, or the device does not exist.
     """
     seed_everything(params.seed)
-    tokenizer = load_tokenizer(pin)
+    source = Teacher.open(pin)
+    tokenizer = source.tokenizer()
     dtype, device = resolve_dtype(params.compute.precision), resolve_device(params.compute.device)
     return Setting(
-        teacher=load_teacher(pin, dtype=dtype, device=device),
+        teacher=source.load(dtype, device),
         train_rows=TokenRows.open(rows / "train"),
         validation_rows=TokenRows.open(rows / "validation"),
         linearize=params.linearize,
@@ -254,15 +255,17 @@ def run_row(row: Row, setting: Setting, *, wait: bool = True) -> dict[str, Any] 
         ``tokens``; of a row that diverged, None for what could not be measured.
     """
     file = setting.scratch / f"row-{row.key()}.json"
-    with locked(file.with_suffix(".lock"), wait=wait) as mine:
-        if not mine:
-            return None
-        if not file.is_file():
-            measured = _measure(row, setting, file.with_suffix(""))
-            write_json(file, measured)
-            shown = "  ".join(f"{name} {v:.4g}" for name, v in measured.items() if isinstance(v, float))
-            logger.info("%s, %s: %s", row.section, row.label, shown)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+    setting.scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file.with_suffix(".lock"), blocking=wait):
+            if not file.is_file():
+                measured = _measure(row, setting, file.with_suffix(""))
+                write_json(file, measured)
+                shown = "  ".join(f"{name} {v:.4g}" for name, v in measured.items() if isinstance(v, float))
+                logger.info("%s, %s: %s", row.section, row.label, shown)
+    except Timeout:
+        return None
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _measure(row: Row, setting: Setting, work: Path) -> dict[str, Any]:
@@ -311,7 +314,7 @@ def _transfer(student: PreTrainedModel, row: Row, setting: Setting) -> dict[str,
     if row.transfer_steps:
         key = sha256_json({"linearize": row.linearize.to_dict(), "steps": row.transfer_steps})[:16]
         maps = setting.scratch / f"maps-{key}.safetensors"
-        with locked(maps.with_suffix(".lock")):
+        with FileLock(maps.with_suffix(".lock")):
             if not maps.is_file():
                 work = maps.with_suffix("")
                 attention_transfer(

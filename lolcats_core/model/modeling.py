@@ -49,12 +49,14 @@ from transformers import (
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.attention import ATTENTION_NAME, Reach, hybrid_attention_forward, prepare_inputs
+from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
 from lolcats_core.model.families import ARCHITECTURES, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.forward_context import prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import fuse_rotary
+from lolcats_core.model.softmax_attention import SoftmaxWindow
 
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -89,10 +91,11 @@ class LinearizedMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
-        settings = LinearizeConfig(**config.linearize)
+        settings = LinearizeConfig.from_dict(config.linearize)
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
-            layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
+            window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
+            layer.softmax_window = SoftmaxWindow() if local else window
             fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
@@ -230,7 +233,7 @@ def check_settings(
         UserError: naming the first setting that differs and both values.
     """
     try:
-        made, wanted = LinearizeConfig(**saved).to_dict(), LinearizeConfig(**model).to_dict()
+        made, wanted = LinearizeConfig.from_dict(saved).to_dict(), LinearizeConfig.from_dict(model).to_dict()
     except TypeError as error:
         raise UserError(f"{source}: made by another version of this package ({error})") from None
     for key, value in wanted.items():
@@ -310,7 +313,7 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    write_feature_maps(named_map_parameters(student), LinearizeConfig(**student.config.linearize), path)
+    write_feature_maps(named_map_parameters(student), LinearizeConfig.from_dict(student.config.linearize), path)
 
 
 def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:

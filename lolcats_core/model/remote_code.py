@@ -3,18 +3,22 @@
 transformers imports such code from one flat folder with relative imports, so each module that `modeling` needs is
 written as one file, `lolcats_core.model.attention` as `lolcats_core_model_attention.py`, with its imports of the others
 made relative.
+
+The Triton kernels stay behind: transformers refuses code that imports a package which the machine lacks, and not every
+machine has triton. Whoever asks for them there gets an `ImportError` and takes the form in PyTorch.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 from pathlib import Path
 
 from lolcats_common.files import write_text
+from lolcats_common.import_closure import import_closure
 
 ENTRY = "modeling_lolcats"
+MODEL = "lolcats_core.model.modeling"
 _OURS = re.compile(r"^(\s*)from (lolcats_(?:common|core|kernels)[\w.]*) import", re.MULTILINE)
 
 
@@ -32,21 +36,17 @@ def write_code(folder: Path | str, classes: list[str]) -> None:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
         return
-    pending, written = ["lolcats_core.model.modeling"], set[str]()
-    while pending:
-        module = pending.pop()
-        if module in written:
-            continue
-        written.add(module)
-        spec = importlib.util.find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        source = Path(spec.origin).read_text(encoding="utf-8")
-        pending += [found[1] for found in _OURS.findall(source)]
+    for module, file in import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton).items():
+        source = file.read_text(encoding="utf-8")
         write_text(folder / f"{_flat(module)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
     names = ", ".join(sorted(classes))
-    write_text(folder / f"{ENTRY}.py", f"from .{_flat('lolcats_core.model.modeling')} import {names}  # noqa: F401\n")
+    write_text(folder / f"{ENTRY}.py", f"from .{_flat(MODEL)} import {names}  # noqa: F401\n")
 
 
 def _flat(module: str) -> str:
     return module.replace(".", "_")
+
+
+def _needs_triton(file: Path) -> bool:
+    """A module `fused`, or one in a folder of that name; the folder's own `__init__` is what imports name."""
+    return file.stem == "fused" or (file.parent.name == "fused" and file.name != "__init__.py")

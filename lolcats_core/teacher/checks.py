@@ -12,7 +12,10 @@ from lolcats_common.errors import UserError
 from lolcats_core.model.families import refusal
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
+# What belongs to a teacher besides its weights; none of it is large.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

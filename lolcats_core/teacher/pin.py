@@ -6,27 +6,23 @@ the SHA-256 of every file that matters; weights stay where they are.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
-import logging
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, sha256_json, write_json
 from lolcats_common.params import TeacherParams
 from lolcats_common.progress import progress
+from lolcats_core.teacher import hub
 from lolcats_core.teacher.checks import (
     INDEX,
-    TOKENIZER_FILES,
+    SMALL_FILES,
     WEIGHTS,
     check_config,
     check_tokenizer,
@@ -34,12 +30,12 @@ from lolcats_core.teacher.checks import (
     weight_files,
 )
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 BUILTIN = Path(__file__).parent / "builtin"
 PIN, TOKENIZER = "teacher.json", "tokenizer"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SMALL = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def resolve_teacher(params: TeacherParams, root: Path) -> TeacherPin:
     """
     kind, folder = _find(params, root)
     if kind == "hub":
-        folder = _fetch(params)
+        folder = hub.fetch(params)
     return _check(params, kind, folder)
 
 
@@ -110,20 +106,6 @@ def write_pin(pin: TeacherPin, root: Path, out: Path) -> None:
     tokenizer.save_pretrained(out / TOKENIZER)
 
 
-def read_pin(pin_dir: Path) -> TeacherPin:
-    """The pin that the stage `teacher` wrote.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return TeacherPin(**json.loads((pin_dir / PIN).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{pin_dir / PIN} is missing; run `dvc repro teacher`") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{pin_dir / PIN} is damaged; run `dvc repro --force teacher`") from None
-
-
 def locate(pin: TeacherPin, root: Path) -> Path:
     """Directory of the pinned teacher's files.
 
@@ -133,74 +115,100 @@ def locate(pin: TeacherPin, root: Path) -> Path:
     if pin.kind == "builtin":
         return BUILTIN
     if pin.kind == "hub":
-        return _snapshot(pin.source, str(pin.revision), sorted(pin.files))
+        return hub.snapshot(pin.source, str(pin.revision), sorted(pin.files))
     folder = _directory(pin.source, root)
     if not folder.is_dir():
         raise UserError(f"teacher {pin.source}: the directory is gone; put it back or change `teacher.source`")
     return folder
 
 
-def verified_folder(pin_dir: Path) -> Path:
-    """Directory of the pinned teacher's files, after every byte of them was compared with the pin.
+class Teacher:
+    """The teacher that the stage `teacher` pinned: its shape at once, its files after they were compared with the pin.
 
-    Raises:
-        UserError: a file changed since the teacher was pinned.
+    Attributes:
+        pin: what was pinned. context: the longest sequence it was trained for, where stated.
     """
-    pin = read_pin(pin_dir)
-    folder = locate(pin, _root_of(pin_dir))
-    _verify(pin, folder)
-    return folder
 
+    def __init__(self, pin: TeacherPin, pin_dir: Path) -> None:
+        self.pin, self.pin_dir = pin, pin_dir
+        self.context = pin.context
 
-def load_teacher(pin_dir: Path, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
-    """The pinned teacher with softmax attention (SDPA), in evaluation mode, its weights frozen.
+    @classmethod
+    def open(cls, pin_dir: Path) -> Teacher:
+        """The teacher of a project's outputs/teacher.
 
-    Args:
-        pin_dir: outputs/teacher.
+        Raises:
+            UserError: the pin is missing or damaged.
+        """
+        path = pin_dir / PIN
+        try:
+            return cls(TeacherPin(**json.loads(path.read_text(encoding="utf-8"))), pin_dir)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; run `dvc repro teacher`") from None
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; run `dvc repro --force teacher`") from None
 
-    Raises:
-        UserError: a file changed since the teacher was pinned, or the files lack weights of the model.
-    """
-    from transformers import AutoModelForCausalLM
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration; no weights are read.
 
-    pin = read_pin(pin_dir)
-    folder = verified_folder(pin_dir)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=pin.trust_remote_code,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    for problem, names in (("lack", info["missing_keys"]), ("have another shape for", info["mismatched_keys"])):
-        if names:
-            first = sorted(str(name) for name in names)[0]
-            raise UserError(f"teacher {pin.source}: the weights {problem} {first}; fetch or copy the model again")
-    model.requires_grad_(False)
-    model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    return model
+        Raises:
+            UserError: the directory is gone, or the hub cannot be reached.
+        """
+        from transformers import AutoConfig
 
+        return AutoConfig.from_pretrained(self._located, trust_remote_code=self.pin.trust_remote_code)
 
-def load_tokenizer(pin_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the pin.
+    @cached_property
+    def folder(self) -> Path:
+        """Directory of the files, after every byte of them was compared with the pin.
 
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    pin = read_pin(pin_dir)
-    tokenizer: PreTrainedTokenizerBase = check_tokenizer(
-        pin_dir / TOKENIZER, pin.source, pin.vocab_size, pin.trust_remote_code
-    )
-    return tokenizer
+        Raises:
+            UserError: a file changed since the teacher was pinned.
+        """
+        _verify(self.pin, self._located)
+        return self._located
 
+    @cached_property
+    def _located(self) -> Path:
+        return locate(self.pin, self.pin_dir.absolute().parents[1])
 
-def _root_of(pin_dir: Path) -> Path:
-    """The project that has `pin_dir` as its outputs/teacher."""
-    return pin_dir.absolute().parents[1]
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was saved with the pin.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        pin, folder = self.pin, self.pin_dir / TOKENIZER
+        tokenizer: PreTrainedTokenizerBase = check_tokenizer(folder, pin.source, pin.vocab_size, pin.trust_remote_code)
+        return tokenizer
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+        """The model with softmax attention (SDPA), in evaluation mode, its weights frozen.
+
+        Raises:
+            UserError: a file changed since the teacher was pinned, or the files lack weights of the model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=self.pin.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        model: Any = loaded[0]
+        info: dict[str, Any] = loaded[1]
+        for problem, names in (("lack", info["missing_keys"]), ("have another shape for", info["mismatched_keys"])):
+            if names:
+                name = min(map(str, names))
+                raise UserError(
+                    f"teacher {self.pin.source}: the weights {problem} {name}; fetch or copy the model again"
+                )
+        return cast("PreTrainedModel", model.requires_grad_(False).to(device).eval())
 
 
 def _directory(source: str, root: Path) -> Path:
@@ -216,7 +224,7 @@ def _find(params: TeacherParams, root: Path) -> tuple[str, Path]:
         return "directory", folder
     if folder.exists():
         raise UserError(f"teacher {source} is a file; `teacher.source` takes the directory that holds config.json")
-    if _HUB_ID.fullmatch(source) and not source.startswith("."):
+    if hub.HUB_ID.fullmatch(source) and not source.startswith("."):
         return "hub", folder
     if difflib.get_close_matches(source, ["builtin"]):
         raise UserError(f"teacher {source}: no such directory; did you mean `builtin`?")
@@ -238,7 +246,7 @@ def _check(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
     weights = check_weights(folder, names, source)
     rows = weights.embedding_rows or int(config.vocab_size)
     check_tokenizer(folder, source, rows, params.trust_remote_code)
-    small = [name for name in _SMALL if name in listed]
+    small = [name for name in SMALL_FILES if name in listed]
     kept = [*names, *small, *([INDEX] if names != [WEIGHTS] else [])]
     if params.trust_remote_code:
         kept += [name for name in listed if name.endswith(".py")]
@@ -285,120 +293,3 @@ def _verify(pin: TeacherPin, folder: Path) -> None:
                 f"teacher {pin.source}: {name} changed since the teacher was pinned; put the old file back, "
                 "or pin the new one with `dvc repro --force teacher`"
             )
-
-
-# The hub
-
-
-def _fetch(params: TeacherParams) -> Path:
-    """Check a hub id's small files, then fetch its weights; the snapshot's directory in the Hugging Face cache."""
-    source, revision = params.source, params.revision
-    if revision is None or not _COMMIT.fullmatch(revision):
-        raise UserError(_revision_advice(source, revision))
-    listed = _listing(source, revision)
-    small = [name for name in (*_SMALL, INDEX) if name in listed]
-    if params.trust_remote_code:
-        small += [name for name in listed if name.endswith(".py") and "/" not in name]
-    folder = _snapshot(source, revision, small) if small else Path()
-    if "config.json" not in listed:
-        raise UserError(f"teacher {source}: config.json is missing at {revision[:12]}; is it a transformers model?")
-    config = check_config(folder, source, params.trust_remote_code)
-    names = weight_files(folder, source, listed)
-    check_tokenizer(folder, source, int(config.vocab_size), params.trust_remote_code)
-    logger.info("teacher %s: fetching %d files of weights where they are not cached", source, len(names))
-    return _snapshot(source, revision, [*small, *names])
-
-
-def _listing(source: str, revision: str) -> set[str]:
-    """Names of the files at a commit: from the hub, or from the cache when the hub is switched off."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.is_offline_mode():
-        folder = _snapshot(source, revision, ["*"])
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    try:
-        return set(HfApi().list_repo_files(source, revision=revision))
-    except Exception as error:
-        if not _unreachable(error):
-            _refuse(error, source, revision)
-        logger.warning("the Hugging Face hub cannot be reached; trying the cache")
-        folder = _snapshot(source, revision, ["*"], local=True)
-        return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def _snapshot(source: str, revision: str, names: list[str], local: bool = False) -> Path:
-    from huggingface_hub import constants, snapshot_download
-
-    with contextlib.suppress(Exception):
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=names, local_files_only=True))
-        if local or constants.is_offline_mode() or all((folder / name).is_file() for name in names):
-            return folder
-    if local:
-        raise UserError(_offline_advice(source, revision))
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=names))
-    except Exception as error:
-        _refuse(error, source, revision)
-
-
-def _refuse(error: Exception, source: str, revision: str) -> NoReturn:
-    """Turn what huggingface_hub raises into one line that says what to do."""
-    from huggingface_hub import errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    page = f"https://huggingface.co/{source}"
-    if isinstance(error, errors.GatedRepoError) or status == 403:
-        message = f"is gated; accept its licence at {page}, then set HF_TOKEN to a token that may read it"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        message = f"has no revision {revision}; take a commit from {page}/commits"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-        message = "is not on the Hugging Face hub, or is private; correct `teacher.source`, or set HF_TOKEN"
-    elif isinstance(error, errors.HFValidationError):
-        message = "is not a valid Hugging Face id (owner/name); correct `teacher.source`"
-    elif _unreachable(error):
-        raise UserError(_offline_advice(source, revision)) from None
-    elif isinstance(error, OSError) and error.errno == 28:
-        message = "does not fit on the disk; free space, or set HF_HOME to a larger disk"
-    elif status is not None or isinstance(error, OSError):
-        reason = " ".join(str(error).split())[:200]
-        message = f"could not be fetched ({reason}); run the same command again"
-    else:
-        raise error
-    raise UserError(f"teacher {source} {message}") from None
-
-
-def _unreachable(error: Exception) -> bool:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled | TimeoutError | ConnectionError):
-        return True
-    # The hub's client raises its HTTP library's errors (httpx or httpx2, by version) when it gets no answer.
-    libraries = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return getattr(error, "response", None) is None and bool(libraries & {"httpx", "httpx2", "requests"})
-
-
-def _offline_advice(source: str, revision: str) -> str:
-    from huggingface_hub import constants
-
-    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the Hugging Face hub cannot be reached"
-    return (
-        f"teacher {source}: {why} and the cache lacks files of it; where there is a connection run "
-        f"`hf download {source} --revision {revision}`, or give a local directory as `teacher.source`"
-    )
-
-
-def _revision_advice(source: str, revision: str | None) -> str:
-    """How to pin a hub id; names the commit that the branch has now where the hub answers."""
-    from huggingface_hub import HfApi, constants
-
-    given = "null" if revision is None else repr(revision)
-    message = f"teacher {source}: `teacher.revision` must be a commit of 40 hexadecimal digits, got {given}"
-    if not constants.is_offline_mode():
-        try:
-            commit = HfApi().model_info(source, revision=revision, timeout=10).sha
-        except Exception as error:
-            if not _unreachable(error):
-                _refuse(error, source, revision or "main")
-        else:
-            return f"{message}; {revision or 'main'} is {commit} now: set `teacher.revision: {commit}`"
-    return f"{message}; take one from https://huggingface.co/{source}/commits"

@@ -30,9 +30,9 @@ from lolcats_common.files import atomic_file
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
-from lolcats_core.model.attention import look_away
 from lolcats_core.model.branches import window_dropout
 from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.forward_context import LayerCall, LayerObserver, ignore_layer
 from lolcats_core.model.modeling import empty_student, feature_maps
 from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
 from lolcats_core.streaming.layerwise import StopForward, Sweep
@@ -147,9 +147,9 @@ class StreamedTransfer:
             maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
         rows = HiddenRows(self.calibration, self.buffer, index)
 
-        def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
-            def observe(*arguments: Any) -> None:
-                observer(*arguments)
+        def show(batch: dict[str, Tensor], observer: LayerObserver) -> None:
+            def observe(call: LayerCall) -> None:
+                observer(call)
                 raise StopForward
 
             sweep.forward_layer(index, batch["hidden"], batch, observe)
@@ -203,7 +203,7 @@ class StreamedTransfer:
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""
-        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, look_away))
+        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, ignore_layer))
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.sweep.device

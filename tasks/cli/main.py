@@ -375,7 +375,8 @@ def plan(
     from lolcats_common.errors import UserError
     from lolcats_common.params import read_yaml
     from lolcats_core.estimation import cost as costs
-    from lolcats_core.estimation.doctor import GIB, duration, model_shape
+    from lolcats_core.estimation.doctor import duration, model_shape
+    from lolcats_core.estimation.memory import GIB
     from tasks.versioning import worktrees
 
     chosen = worktrees.overrides(preset, _parse_overrides(set))

@@ -9,12 +9,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.estimation.doctor import device_memory, evaluated_by_layers
+from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
 from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.evaluation.streamed_perplexity import open_sweep, streamed_perplexity
 from lolcats_core.model.modeling import initial_feature_maps, write_feature_maps
 from lolcats_core.streaming.layerwise import Sweep
-from lolcats_core.teacher.pin import locate, read_pin, verified_folder
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.perplexity import PerplexityResult
 from tasks.runner.artifacts import selected
 from tasks.runner.stage import Stage
@@ -23,22 +23,16 @@ from tasks.runner.stage import Stage
 NEEDS_WHOLE = {"recall_gaps": (), "tasks": (), "long_rows": 0, "generation_prompts": 0, "audit_rows": 0}
 
 
-def teacher_config(stage: Stage) -> PreTrainedConfig:
-    """The configuration of the pinned teacher."""
-    pin = read_pin(stage.input("teacher"))
-    return AutoConfig.from_pretrained(locate(pin, stage.root), trust_remote_code=pin.trust_remote_code)
-
-
-def needed(stage: Stage, device: torch.device) -> bool:
+def needed(stage: Stage, teacher: Teacher, device: torch.device) -> bool:
     """Whether the teacher's weights leave no room on `device`."""
-    return evaluated_by_layers(stage.params, ModelShape.from_config(teacher_config(stage)), device_memory(device))
+    return evaluated_by_layers(stage.params, ModelShape.from_config(teacher.config), device_memory(device))
 
 
 class StreamedModels:
     """The model at each step (see `measurements.Models`) as files; no more than a layer is on the device."""
 
-    def __init__(self, stage: Stage, device: torch.device, dtype: torch.dtype) -> None:
-        self.stage, self.device, self.dtype = stage, device, dtype
+    def __init__(self, stage: Stage, teacher: Teacher, device: torch.device, dtype: torch.dtype) -> None:
+        self.stage, self.teacher, self.device, self.dtype = stage, teacher, device, dtype
 
     def perplexity(self, step: str, rows: TokenRows) -> PerplexityResult:
         """Next-token perplexity over the rows that `evaluate` measures it on."""
@@ -60,8 +54,7 @@ class StreamedModels:
         if step == "finetuned":
             folder = stage.input("finetune") / "model"
             return open_sweep(folder, AutoConfig.from_pretrained(folder), **where)  # type: ignore[arg-type]
-        config, (settings, trained) = teacher_config(stage), selected(stage)
-        folder = verified_folder(stage.input("teacher"))
+        config, folder, (settings, trained) = self.teacher.config, self.teacher.folder, selected(stage)
         if step == "teacher":
             return open_sweep(folder, config, **where)  # type: ignore[arg-type]
         maps = trained if step == "transferred" else self._untrained(config, settings)

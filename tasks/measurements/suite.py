@@ -28,7 +28,7 @@ from lolcats_core.evaluation.harness import run_lm_eval, task_hash
 from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.evaluation.results import ResultCache, model_hash
 from lolcats_core.model.decoding.state_size import state_facts
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.perplexity import bigram_perplexity, perplexity
 from tasks.measurements import streamed_models
 from tasks.measurements.streamed_models import NEEDS_WHOLE, StreamedModels
@@ -46,6 +46,7 @@ class Models:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
+        self.teacher = Teacher.open(stage.input("teacher"))
         self.device = resolve_device(stage.params.compute.device)
         self.dtype = resolve_dtype(stage.params.compute.precision)
         self._held: dict[str, PreTrainedModel] = {}
@@ -68,7 +69,7 @@ class Models:
     def _load(self, step: str) -> PreTrainedModel:
         stage = self.stage
         if step == "teacher":
-            return load_teacher(stage.input("teacher"), dtype=self.dtype, device=self.device)
+            return self.teacher.load(self.dtype, self.device)
         if step == "finetuned":
             return self._load_finetuned(stage.input("finetune") / "model")
         settings, maps = selected(stage)
@@ -97,8 +98,8 @@ class Measurements:
         self.models = Models(stage)
         self.streamed: StreamedModels | None = None
         self.left_out: list[str] = []
-        if streamed_models.needed(stage, self.models.device):
-            self.streamed = StreamedModels(stage, self.models.device, self.models.dtype)
+        if streamed_models.needed(stage, self.models.teacher, self.models.device):
+            self.streamed = StreamedModels(stage, self.models.teacher, self.models.device, self.models.dtype)
             self.left_out = [name for name, nothing in NEEDS_WHOLE.items() if getattr(self.params, name) != nothing]
             self.params = replace(self.params, **NEEDS_WHOLE)  # type: ignore[arg-type]
             text = (
@@ -107,10 +108,11 @@ class Measurements:
             logger.warning(text, self.models.device.type, ", ".join(self.left_out) or "nothing")
         data = stage.input("prepare")
         self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
-        self.tokenizer = load_tokenizer(stage.input("teacher"))
+        self.tokenizer = self.models.teacher.tokenizer()
         # At once: lm-eval gives a tokenizer without one a padding token.
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.cache = ResultCache(stage.results)
+        # This file says what is asked: which prompts, lengths and tokens. The settings are in each key.
+        self.cache = ResultCache(stage.results, [Path(__file__)])
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
     def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
@@ -137,7 +139,7 @@ class Measurements:
     def state(self) -> StateBytes:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
         config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
-        return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
+        return state_facts(config, LinearizeConfig.from_dict(config.linearize), self.models.dtype)
 
     def bigram(self) -> dict[str, Any]:
         """The baseline, counted on the training rows."""

@@ -7,7 +7,6 @@ registered model says first where both are going, and whoever comes next complet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -16,8 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lolcats_common.errors import UserError
-from lolcats_common.locks import locked
 from lolcats_common.params import GatesParams
 from tasks.registry.gates import PROBED, GateReport, evaluate_gates
 from tasks.registry.versions import (
@@ -40,9 +40,11 @@ MOVE_TAG = "move"
 PROBE_SECONDS = 3600.0
 
 
-def alias_lock(root: Path) -> contextlib.AbstractContextManager[bool]:
-    """A lock, because only one process of this machine at a time may move aliases."""
-    return locked(root / ".dvc" / "tmp" / "lolcats-aliases.lock")
+def alias_lock(root: Path) -> FileLock:
+    """A lock under which one process of this machine at a time moves aliases."""
+    folder = root / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lolcats-aliases.lock")
 
 
 @mlflow_errors_as_unavailable

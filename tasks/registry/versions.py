@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.files import read_json, sha256_tree
 from lolcats_common.records import Evaluation, GatesRecord
-from tasks.runner.mlflow_run import connect, first_line
+from tasks.runner.mlflow_run import connect, first_line, is_missing
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,34 +87,37 @@ def read_status(client: Any, name: str, which: str) -> VersionStatus:
 
 
 def alias_version(client: Any, name: str, alias: str) -> Any:
-    """The version that an alias names; None where the alias or the model does not exist."""
-    from mlflow.exceptions import MlflowException
+    """The version that an alias names; None where the alias or the model does not exist.
 
-    try:
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    Raises:
+        Unavailable: the store does not answer.
+    """
+    return _ask(client.get_model_version_by_alias, name, alias)
 
 
 def find_version(client: Any, name: str, which: str) -> Any:
     """A version by number or alias.
 
     Raises:
+        Unavailable: the store does not answer.
         UserError: there is none.
     """
-    from mlflow.exceptions import MlflowException
-
-    found = None
-    if which.isdigit():
-        with contextlib.suppress(MlflowException):
-            found = client.get_model_version(name, which)
-    else:
-        found = alias_version(client, name, which)
+    found = _ask(client.get_model_version if which.isdigit() else client.get_model_version_by_alias, name, which)
     if found is None:
         raise UserError(f"{name} has no version or alias {which!r}; `lolcats status` lists them")
     return found
+
+
+def _ask(question: Callable[..., Any], *arguments: str) -> Any:
+    """MLflow's answer; None where it says that there is no such thing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return question(*arguments)
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise Unavailable(f"MLflow failed: {first_line(error)}") from error
 
 
 def require_complete(version: Any) -> Any:
@@ -167,6 +170,7 @@ def stored_model(client: Any, version: Any) -> Iterator[Path]:
     """The directory of a version's MLflow model; of a store on another machine, a copy that ends with the block.
 
     Raises:
+        Unavailable: the store does not answer.
         UserError: the store has no such model.
     """
     import mlflow.artifacts
@@ -179,7 +183,8 @@ def stored_model(client: Any, version: Any) -> Iterator[Path]:
             else:
                 path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=temporary))
         except Exception as error:
-            raise UserError(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
+            kind = UserError if is_missing(error) else Unavailable
+            raise kind(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
         if not (path / "MLmodel").is_file():
             raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
         yield path
@@ -206,8 +211,13 @@ def read_evaluation(stored: Path) -> Evaluation:
     return evaluation
 
 
+@mlflow_errors_as_unavailable
 def find_model(client: Any, name: str, md5: str) -> Any:
-    """The newest completely registered version of this model, of any commit; None where there is none."""
+    """The newest completely registered version of this model, of any commit; None where there is none.
+
+    Raises:
+        Unavailable: the store does not answer.
+    """
     return max(tagged_versions(client, name, {"model.md5": md5, COMPLETE: "complete"}), key=number, default=None)
 
 

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Any
-
 import torch
-from transformers import AutoConfig
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
-from lolcats_core.estimation import doctor
-from lolcats_core.estimation.doctor import GIB, device_memory, streamed_memory, train_memory
-from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.model.modeling import empty_student
-from lolcats_core.teacher.pin import locate, read_pin
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from lolcats_core.training.selection import budget_count
 
-logger = logging.getLogger(__name__)
 
-
-def transfer_mode(params: Params, config: Any, device: torch.device) -> str:
-    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
-    shape = ModelShape.from_config(config)
-    memory = device_memory(device)
-    mode = doctor.transfer_mode(params, shape, memory)
-    need = {"joint": train_memory(params, shape)["transfer"], "streamed": streamed_memory(params, shape)}[mode]
-    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
-    return mode
-
-
-def check(params: Params, pin_dir: Path, root: Path) -> None:
+def check(params: Params, teacher: Teacher) -> None:
     """Hold the parameters of every stage against the pinned teacher; loads no weights.
 
     Raises:
         UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row or a recall string is
             longer than its context, segments meet packed documents or checkpointing, or a task does not exist.
     """
-    pin = read_pin(pin_dir)
-    config = AutoConfig.from_pretrained(locate(pin, root), trust_remote_code=pin.trust_remote_code)
     with torch.device("meta"):
-        check_target_modules(empty_student(config, params.linearize), params.finetune)
-    budget_count(params.select, params.linearize, config)
+        check_target_modules(empty_student(teacher.config, params.linearize), params.finetune)
+    budget_count(params.select, params.linearize, teacher.config)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,
@@ -54,8 +32,8 @@ def check(params: Params, pin_dir: Path, root: Path) -> None:
         "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0) if own else 0,
     }
     for name, length in longest.items():
-        if pin.context is not None and length > pin.context:
-            raise UserError(f"`{name}` must be at most the teacher's context of {pin.context} tokens, got {length}")
+        if teacher.context is not None and length > teacher.context:
+            raise UserError(f"`{name}` must be at most the teacher's context of {teacher.context} tokens, got {length}")
     segment = params.finetune.segment_length
     if segment and (params.compute.gradient_checkpointing or params.data.packing == "documents"):
         reason = "`data.packing: documents`" if params.data.packing == "documents" else "gradient checkpointing"

@@ -22,7 +22,7 @@ from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation.recall import special_ids
 from lolcats_core.experiments.recipes import Bench, Measures, Recipe, budgets, exclude_ids, run
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer
+from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.selection import budget_count
 from tasks.runner.logs import quiet_progress_bars
 from tasks.versioning import dvc_graph
@@ -60,9 +60,10 @@ def frontier(
         dvc_graph.repro(stage, root, environment)
     quiet_progress_bars()
     store, outputs = store or root, root / "outputs"
-    tokenizer = load_tokenizer(outputs / "teacher")
+    source = Teacher.open(outputs / "teacher")
+    tokenizer = source.tokenizer()
     device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
-    teacher = load_teacher(outputs / "teacher", dtype=dtype, device=device)
+    teacher = source.load(dtype, device)
     measures = Measures(
         batch_size=params.evaluate.batch_size,
         perplexity_rows=params.evaluate.max_perplexity_rows or 64,

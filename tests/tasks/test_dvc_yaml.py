@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.tasks.imports import imported_files
+from tests.tasks.recorded import parameters_read
 
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-# The device decides where, not what; a run moved to another machine keeps its results.
-IRRELEVANT = {"compute.device"}
+# What a run may change without losing results or checkpoints, which differ by rounding alone.
+NEUTRAL = {
+    "compute.device",  # where, not what: a run that moves to another machine keeps its results
+    # How many share the work. Order and size of batches do not depend on it, and any number continues a checkpoint.
+    # `transfer.mode: auto` asks for it, and for the machine's memory, which is no parameter at all: the metric
+    # `streamed` says how a run was done, and `joint` or `streamed` leaves nothing to the machine.
+    "compute.processes",
+}
 
 
 def covered(path: str, deps: list[str]) -> bool:
@@ -23,7 +30,7 @@ def covered(path: str, deps: list[str]) -> bool:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> None:
     deps = [dep for dep in STAGES[name]["deps"] if not dep.startswith("outputs/")]
-    imported = imported_files(ROOT, ROOT / "tasks" / f"{name}.py")
+    imported = imported_files(ROOT, f"tasks.{name}")
     assert [path for path in sorted(imported) if not covered(path, deps)] == []
     unused = [dep for dep in deps if not any(covered(path, [dep]) for path in imported)]
     assert [dep for dep in unused if (ROOT / dep).suffix == ".py"] == []
@@ -31,15 +38,31 @@ def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> No
         assert (ROOT / dep).exists(), dep
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_the_parameters_it_reads(name: str) -> None:
-    source = (ROOT / "tasks" / f"{name}.py").read_text()
-    read = set(re.findall(r"\bstage\.params\.([a-z_]+(?:\.[a-z_]+)?)", source))
-    if re.search(r"^ +params = stage\.params$", source, flags=re.MULTILINE):
-        read |= set(re.findall(r"(?<![.\w])params\.([a-z_]+(?:\.[a-z_]+)?)", source))
-    declared = STAGES[name]["params"]
-    missing = {key for key in read - IRRELEVANT if key not in declared and key.partition(".")[0] not in declared}
-    assert missing == set()
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What each stage reads, by its name."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return parameters_read(tmp_path_factory.mktemp("recorded"), monkeypatch)
+
+
+def undeclared(read: set[str], declared: Iterable[str]) -> set[str]:
+    """Parameters that are read and do not count as listed, by themselves or with their section."""
+    listed = set(declared)
+    return {key for key in read - NEUTRAL if key not in listed and key.partition(".")[0] not in listed}
+
+
+def test_a_stage_depends_on_the_parameters_it_reads(parameters: dict[str, set[str]]) -> None:
+    assert parameters.keys() == STAGES.keys()
+    missing = {name: undeclared(read, STAGES[name]["params"]) for name, read in parameters.items()}
+    assert {name: keys for name, keys in missing.items() if keys} == {}
+
+
+def test_every_parameter_that_a_stage_lists_is_read_so_that_it_would_be_missed(
+    parameters: dict[str, set[str]],
+) -> None:
+    for name, read in parameters.items():
+        for entry in STAGES[name]["params"]:
+            assert undeclared(read, set(STAGES[name]["params"]) - {entry}), (name, entry)
 
 
 def test_the_learning_rate_of_finetuning_concerns_finetune_and_the_report_and_the_device_nobody() -> None:

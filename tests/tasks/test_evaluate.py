@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
-from lolcats_common.params import ComputeParams, EvaluateParams, Params
+from lolcats_common.params import ComputeParams, EvaluateParams, Params, TeacherParams
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.evaluation.recall import copy_recall
+from lolcats_core.teacher.pin import Teacher, resolve_teacher, write_pin
 from lolcats_core.training.perplexity import perplexity
 from tasks import evaluate
 from tasks.measurements import streamed_models, suite
@@ -89,24 +90,17 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(root / "select" / "selection.json", {"linearize": PARAMS.linearize.to_dict()})
     student.save_pretrained(root / "finetune" / "model")
     teacher.save_pretrained(root / "teacher" / "model")
+    tokenizer.save_pretrained(root / "teacher" / "model")
+    write_pin(resolve_teacher(TeacherParams(source=str(root / "teacher" / "model")), root), root, root / "teacher")
     return root
 
 
 @pytest.fixture(autouse=True)
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Teachers come from a plain directory; returns what was loaded."""
+    """Returns what was loaded whole."""
     seen: list[str] = []
-
-    def load(pin: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
-        seen.append("teacher")
-        return AutoModelForCausalLM.from_pretrained(pin / "model", dtype=dtype).to(device).eval()
-
-    monkeypatch.setattr(suite, "load_teacher", load)
-    monkeypatch.setattr(suite, "load_tokenizer", lambda pin: byte_tokenizer())
-    monkeypatch.setattr(streamed_models, "verified_folder", lambda pin: pin / "model")
-    monkeypatch.setattr(
-        streamed_models, "teacher_config", lambda stage: AutoConfig.from_pretrained(stage.input("teacher") / "model")
-    )
+    load = Teacher.load
+    monkeypatch.setattr(Teacher, "load", lambda *arguments: (seen.append("teacher"), load(*arguments))[1])
     return seen
 
 

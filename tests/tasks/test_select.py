@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ SETTINGS = LinearizeConfig(window_size=16, feature_dim=8)
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A teacher of two layers with two kv groups each, after stage 1."""
     root, teacher = tmp_path / "outputs", byte_teacher()
-    teacher.save_pretrained(root / "teacher")
+    (root / "teacher").mkdir(parents=True)
     for name in ("train", "validation"):
         with TokenRowsWriter(root / "prepare" / name, sequence_length=64, vocab_size=257) as writer:
             writer.append(input_ids=torch.randint(1, 257, (4, 64), generator=torch.Generator().manual_seed(0)).numpy())
@@ -37,16 +38,11 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     save_feature_maps(student, root / "transfer" / "feature_maps.safetensors")
     errors = head_errors(student, TokenRows.open(root / "prepare" / "validation"), 4, 4)
     write_json(root / "transfer" / "errors.json", errors)
-    monkeypatch.setattr(select, "read_pin", lambda folder: _Pin)
-    monkeypatch.setattr(select, "locate", lambda pin, root: tmp_path / "outputs" / "teacher")
-    monkeypatch.setattr(select, "load_teacher", lambda folder, **_: byte_teacher())
+    source = SimpleNamespace(config=teacher.config, load=lambda dtype, device: byte_teacher())
+    monkeypatch.setattr(select.Teacher, "open", lambda folder: source)
     made = FakeStage(root, tmp_path, PARAMS)
     made.device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
     return made
-
-
-class _Pin:
-    trust_remote_code = False
 
 
 def after(stage: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import params_from_dict
-from lolcats_core.teacher.pin import load_teacher, load_tokenizer, read_pin
+from lolcats_core.teacher.pin import Teacher
 from tasks.teacher import run
 
 
@@ -24,7 +24,7 @@ def stage(root: Path, **teacher: object) -> Any:
 def test_the_stage_writes_a_pin_that_later_stages_load(tmp_path: Path) -> None:
     started = stage(tmp_path, source="builtin")
     metrics = run(started)
-    pin = read_pin(started.out)
+    pin = Teacher.open(started.out).pin
     assert sorted(path.name for path in started.out.iterdir()) == ["teacher.json", "tokenizer"]
     assert metrics == {
         "parameters": pin.parameters,
@@ -32,8 +32,8 @@ def test_the_stage_writes_a_pin_that_later_stages_load(tmp_path: Path) -> None:
         "vocab_size": pin.vocab_size,
         "bytes": pin.bytes,
     }
-    tokenizer = load_tokenizer(started.out)
-    model = load_teacher(started.out, dtype=torch.float32, device="cpu")
+    tokenizer = Teacher.open(started.out).tokenizer()
+    model = Teacher.open(started.out).load(torch.float32, "cpu")
     ids = torch.tensor([tokenizer("import os\nimport sys\n\n\ndef main(")["input_ids"]])
     loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss < 5  # a uniform guess over 4096 tokens is 8.3

@@ -21,7 +21,7 @@ from lolcats_common.params import apply_overrides, params_from_dict, read_yaml
 from lolcats_core import attention_transfer, linearize, load_delta
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.model.modeling import named_map_parameters
-from lolcats_core.teacher.pin import load_teacher, resolve_teacher, write_pin
+from lolcats_core.teacher.pin import Teacher, resolve_teacher, write_pin
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def run(root: Path, stage: str) -> dict[str, float]:
     environment = {**os.environ, "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false"}
     environment["PYTHONPATH"] = os.pathsep.join([*filter(None, [environment.get("PYTHONPATH")]), str(ROOT)])
     command = [sys.executable, "-m", f"tasks.{stage}"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((root / "outputs" / stage / "metrics.json").read_text())
 
@@ -84,7 +84,7 @@ def run(root: Path, stage: str) -> dict[str, float]:
 def joint(root: Path) -> tuple[dict[str, torch.Tensor], float]:
     """Maps and best validation loss of stage 1 in this process."""
     params = params_from_dict(read_yaml(root / "params.yaml"))
-    student = linearize(load_teacher(root / "outputs" / "teacher", dtype=torch.float32, device="cpu"), params.linearize)
+    student = linearize(Teacher.open(root / "outputs" / "teacher").load(torch.float32, "cpu"), params.linearize)
     rows = [TokenRows.open(root / "outputs" / "prepare" / name) for name in ("train", "validation")]
     result = attention_transfer(student, *rows, params.transfer, scratch=root / "joint")
     return {name: p.detach() for name, p in named_map_parameters(student).items()}, result.best_loss

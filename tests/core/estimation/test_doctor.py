@@ -8,16 +8,8 @@ from typing import Any
 import pytest
 
 from lolcats_common.params import Params, apply_overrides, params_from_dict, presets, read_preset, read_yaml
-from lolcats_core.estimation.doctor import (
-    GIB,
-    doctor,
-    duration,
-    evaluated_by_layers,
-    flops_per_token,
-    model_shape,
-    planned_tokens,
-    train_memory,
-)
+from lolcats_core.estimation.doctor import doctor, duration, flops_per_token, model_shape, planned_tokens
+from lolcats_core.estimation.memory import GIB, evaluated_by_layers, train_memory
 from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
 from tests.core.tiny import tiny_teacher
 

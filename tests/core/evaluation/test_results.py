@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,79 @@ def test_a_models_hash_follows_its_weights_settings_and_dtype_but_not_where_it_c
     assert len({first, *others}) == 5
 
 
-def test_new_code_of_linear_layers_makes_old_results_of_students_void(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = model_hash(tiny_student()), model_hash(tiny_teacher())
-    monkeypatch.setattr(results, "code_hash", lambda: "new")
-    after = model_hash(tiny_student()), model_hash(tiny_teacher())
-    assert before[0] != after[0]
-    assert before[1] == after[1]
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the code, which is hashed in place of the project's."""
+    for name in ("lolcats_common", "lolcats_core", "kernels"):
+        ignored = shutil.ignore_patterns("builtin_teacher", "__pycache__")
+        shutil.copytree(results.PROJECT / name, tmp_path / name, ignore=ignored)
+    monkeypatch.setattr(results, "PROJECT", tmp_path)
+    forget()
+    yield tmp_path
+    monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
+    """Hash anew: a process asks for the code's hash once."""
+    results.code_hash.cache_clear()
+    results.measure_hash.cache_clear()
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[None]:
+    """One line more inside the block."""
+    source = file.read_bytes()
+    file.write_bytes(source + b"\n# edited\n")
+    forget()
+    yield
+    file.write_bytes(source)
+    forget()
+
+
+def names(files: set[Path], root: Path) -> set[str]:
+    return {file.relative_to(root).as_posix() for file in files}
+
+
+def test_new_code_in_any_file_behind_linear_layers_makes_old_results_of_students_void(tree: Path) -> None:
+    student, teacher, files = tiny_student(), tiny_teacher(), results.code_files()
+    before = model_hash(student), model_hash(teacher)
+    # What a list kept by hand left out, and what only a function imports.
+    missed = {"lolcats_common/linearize_config.py"}
+    missed |= {f"lolcats_core/model/{name}.py" for name in ("decoding/static_kv", "rotary", "sinks")}
+    lazy = {"kernels/hybrid_attention/fused/output.py", "kernels/softmax_decode/fused.py"}
+    assert missed | lazy <= names(files, tree)
+    for file in files:
+        with edited(file):
+            after = model_hash(student), model_hash(teacher)
+        assert after[0] != before[0], file
+        assert after[1] == before[1], file
+    assert (model_hash(student), model_hash(teacher)) == before
+
+
+def test_new_code_or_data_in_any_file_behind_the_measurements_makes_all_old_results_void(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, files = tmp_path_factory.mktemp("results"), results.measure_files()
+    missed = {"lolcats_core/model/branches.py"}
+    missed |= {f"lolcats_core/training/{name}.py" for name in ("attention_transfer", "loop")}
+    data = {"lolcats_core/evaluation/lm_eval_tasks/needle.yaml"}
+    assert missed | data <= names(files, tree)
+    assert not files & results.code_files()
+    ResultCache(folder).get("recall", {}, lambda: {"value": 1})
+    for file in files:
+        with edited(file):
+            assert ResultCache(folder).get("recall", {}, lambda: {"value": 2}) == {"value": 2}, file
+    assert ResultCache(folder).get("recall", {}, lambda: {"value": 2}) == {"value": 1}
+
+
+def test_new_code_of_who_asks_makes_old_results_void(tmp_path: Path) -> None:
+    asking = tmp_path / "asking.py"
+    asking.write_text("GAP = 1")
+    ResultCache(tmp_path / "kept", [asking]).get("recall", {}, lambda: {"value": 1})
+    assert ResultCache(tmp_path / "kept", [asking]).get("recall", {}, lambda: {"value": 2}) == {"value": 1}
+    asking.write_text("GAP = 2")
+    assert ResultCache(tmp_path / "kept", [asking]).get("recall", {}, lambda: {"value": 2}) == {"value": 2}
 
 
 def test_the_same_question_is_answered_once_and_a_damaged_answer_again(

@@ -22,7 +22,7 @@ from lolcats_core.data.sources import stdlib_documents
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.pretraining.data import ArrayRows, encode, save_tokenizer, train_tokenizer
 from lolcats_core.teacher.checks import INDEX, WEIGHTS
-from lolcats_core.teacher.pin import BUILTIN, load_teacher, load_tokenizer, read_pin, resolve_teacher, write_pin
+from lolcats_core.teacher.pin import BUILTIN, Teacher, resolve_teacher, write_pin
 from lolcats_core.training.perplexity import bigram_perplexity, perplexity
 from tests.core.tiny import tiny_teacher
 
@@ -76,8 +76,8 @@ def test_a_pinned_directory_loads_back_with_the_same_weights(tmp_path: Path, sha
     source = make_teacher(tmp_path / "teacher", sharded=sharded)
     assert (source / INDEX).exists() == sharded
     out = pinned("teacher", tmp_path)  # relative to the root
-    pin = read_pin(out)
-    model = load_teacher(out, dtype=torch.float32, device="cpu")
+    pin = Teacher.open(out).pin
+    model = Teacher.open(out).load(torch.float32, "cpu")
     assert pin.kind == "directory"
     assert (pin.vocab_size, pin.layers, pin.context, pin.dtype) == (300, 2, 64, "F32")
     assert pin.parameters == sum(p.numel() for p in model.parameters())
@@ -87,7 +87,7 @@ def test_a_pinned_directory_loads_back_with_the_same_weights(tmp_path: Path, sha
     expected = LlamaForCausalLM.from_pretrained(source)
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    tokenizer = load_tokenizer(out)
+    tokenizer = Teacher.open(out).tokenizer()
     assert tokenizer.decode(tokenizer(TEXTS[0])["input_ids"]) == TEXTS[0]
 
 
@@ -102,7 +102,7 @@ def test_a_teacher_that_changed_after_pinning_is_refused(teacher: Path, tmp_path
     data[-3] ^= 1  # same size
     (teacher / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name} changed since the teacher was pinned") as error:
-        load_teacher(out, dtype=torch.float32, device="cpu")
+        Teacher.open(out).load(torch.float32, "cpu")
     assert "dvc repro --force teacher" in one_line(error)
 
 
@@ -110,7 +110,7 @@ def test_a_file_that_is_gone_after_pinning_is_named(teacher: Path, tmp_path: Pat
     out = pinned(teacher, tmp_path)
     (teacher / WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"{WEIGHTS} is gone"):
-        load_teacher(out, dtype=torch.float32, device="cpu")
+        Teacher.open(out).load(torch.float32, "cpu")
 
 
 def edit_json(path: Path, **values: Any) -> None:
@@ -203,7 +203,7 @@ def test_weights_that_lack_a_tensor_are_refused_not_filled_with_noise(teacher: P
     save_file(weights, teacher / WEIGHTS, metadata={"format": "pt"})
     out = pinned(teacher, tmp_path)
     with pytest.raises(UserError, match=r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_teacher(out, dtype=torch.float32, device="cpu")
+        Teacher.open(out).load(torch.float32, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,10 @@ def test_a_file_in_place_of_a_directory_is_refused(teacher: Path, tmp_path: Path
 
 def test_a_damaged_pin_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"teacher\.json is missing; run `dvc repro teacher`"):
-        load_tokenizer(tmp_path)
+        Teacher.open(tmp_path).tokenizer()
     (tmp_path / "teacher.json").write_text('{"source": "builtin"')
     with pytest.raises(UserError, match="is damaged"):
-        load_tokenizer(tmp_path)
+        Teacher.open(tmp_path).tokenizer()
 
 
 # The hub: a fake one that serves a local directory.
@@ -275,10 +275,10 @@ def http_error(kind: type[errors.HfHubHTTPError], status: int) -> Exception:
 
 def test_a_hub_id_is_pinned_by_commit_and_content(hub: FakeHub, tmp_path: Path) -> None:
     out = pinned_hub(tmp_path)
-    pin = read_pin(out)
+    pin = Teacher.open(out).pin
     assert (pin.kind, pin.revision) == ("hub", COMMIT)
     assert pin.files == resolve(hub.folder, tmp_path).files
-    assert load_teacher(out, dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    assert Teacher.open(out).load(torch.bfloat16, "cpu").dtype == torch.bfloat16
 
 
 def pinned_hub(root: Path) -> Path:
@@ -361,7 +361,7 @@ def test_offline_without_a_cache_says_how_to_fetch(tmp_path: Path, monkeypatch: 
 def test_the_builtin_teacher_is_what_its_record_says(tmp_path: Path) -> None:
     record = json.loads((BUILTIN / "TEACHER.json").read_text())
     out = pinned("builtin", tmp_path)
-    pin = read_pin(out)
+    pin = Teacher.open(out).pin
     assert {name: pin.files[name] for name in record["files"] if name in pin.files} == {
         name: digest for name, digest in record["files"].items() if name in pin.files
     }
@@ -372,7 +372,7 @@ def test_the_builtin_teacher_is_what_its_record_says(tmp_path: Path) -> None:
     assert pin.layers >= 6
     assert pin.context is not None
     assert pin.context >= 1024
-    assert load_teacher(out, dtype=torch.float32, device="cpu").config.head_dim >= 32
+    assert Teacher.open(out).load(torch.float32, "cpu").config.head_dim >= 32
 
 
 def test_the_builtin_teacher_was_trained_on_permissive_sources_without_the_standard_library() -> None:
@@ -386,7 +386,7 @@ def test_the_builtin_teacher_was_trained_on_permissive_sources_without_the_stand
 
 def test_the_builtin_teacher_predicts_the_standard_library_and_recalls_what_it_saw(tmp_path: Path) -> None:
     out = pinned("builtin", tmp_path)
-    model = load_teacher(out, dtype=torch.float32, device="cpu")
+    model = Teacher.open(out).load(torch.float32, "cpu")
     texts = [text for _, (_, text) in zip(range(120), stdlib_documents(), strict=False)]
     tokens = encode(Tokenizer.from_file(str(out / "tokenizer" / "tokenizer.json")), texts)
     rows = ArrayRows(tokens, 512, 4096, max_rows=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,8 +37,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         with TokenRowsWriter(tmp_path / "outputs" / "prepare" / name, sequence_length=64, vocab_size=257) as writer:
             writer.append(input_ids=tokens(rows, 64, seed=rows).numpy())
     monkeypatch.setattr(dvc_graph, "repro", lambda *_: None)
-    monkeypatch.setattr(frontier, "load_teacher", lambda folder, **_: byte_teacher())
-    monkeypatch.setattr(frontier, "load_tokenizer", lambda folder: byte_tokenizer())
+    teacher = SimpleNamespace(load=lambda dtype, device: byte_teacher(), tokenizer=byte_tokenizer)
+    monkeypatch.setattr(frontier.Teacher, "open", lambda folder: teacher)
     return tmp_path
 
 
