@@ -15,7 +15,8 @@ from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.estimation.memory import GIB, device_memory, streamed_memory, transfer_memory, transfer_mode
 from lolcats_core.estimation.shapes import ModelShape
-from lolcats_core.model.modeling import empty_student, named_map_parameters, write_feature_maps
+from lolcats_core.model.map_files import write_feature_maps
+from lolcats_core.model.modeling import empty_student, named_map_parameters
 from lolcats_core.streaming.load_student import load_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import head_errors

@@ -19,7 +19,8 @@ from lolcats_common.errors import DivergedError, UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.progress import progress
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import empty_student, read_feature_maps
+from lolcats_core.model.map_files import read_feature_maps
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.streaming.buffer import HiddenBuffer
 from lolcats_core.streaming.layerwise import Sweep
 from lolcats_core.streaming.weights import WeightFiles, without_weights

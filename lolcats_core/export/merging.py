@@ -18,7 +18,8 @@ from torch import Tensor
 from lolcats_common.files import write_json
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.export.delta import fingerprint_of
-from lolcats_core.model.modeling import LINEARIZED, PREFIX, empty_student
+from lolcats_core.model.families import PREFIX, family_of
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.teacher.checks import INDEX, WEIGHTS
@@ -93,9 +94,9 @@ def _names(student: Any) -> dict[str, torch.Size]:
     settings = LinearizeConfig(**values.pop("linearize"))
     for name in ("architectures", "_name_or_path"):
         values.pop(name, None)
-    teacher = next(base for base in LINEARIZED[values["model_type"]][0].__mro__[1:] if hasattr(base, "model_type"))
+    teacher, _ = family_of(student.config).resolve()
     with torch.device("meta"):
-        plain = empty_student(cast(Any, teacher)(**values), settings)
+        plain = empty_student(teacher(**values), settings)
     plain.tie_weights()
     return {name: parameter.shape for name, parameter in plain.named_parameters()}
 

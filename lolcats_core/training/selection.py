@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_common.params import SelectParams
-from lolcats_core.model.modeling import kv_heads, linearize, named_map_parameters, restrict_maps
+from lolcats_core.model.map_files import restrict_maps
+from lolcats_core.model.modeling import kv_heads, linearize, named_map_parameters
 from lolcats_core.training.attention_transfer import Errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden

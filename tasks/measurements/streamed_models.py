@@ -12,7 +12,8 @@ from lolcats_core.data.rows import TokenRows
 from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
 from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.evaluation.streamed_perplexity import open_sweep, streamed_perplexity
-from lolcats_core.model.modeling import initial_feature_maps, write_feature_maps
+from lolcats_core.model.map_files import write_feature_maps
+from lolcats_core.model.modeling import initial_feature_maps
 from lolcats_core.streaming.layerwise import Sweep
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.perplexity import PerplexityResult

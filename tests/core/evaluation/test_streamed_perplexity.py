@@ -10,7 +10,8 @@ from transformers import AutoConfig
 
 from lolcats_common.errors import UserError
 from lolcats_core.evaluation.streamed_perplexity import open_sweep, streamed_logits, streamed_perplexity
-from lolcats_core.model.modeling import FAMILIES, save_feature_maps
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.map_files import save_feature_maps
 from lolcats_core.streaming.layerwise import Sweep
 from lolcats_core.training.perplexity import perplexity
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_student, tiny_teacher
