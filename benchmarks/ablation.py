@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_common.locks import locked
 from lolcats_common.params import ComputeParams, FinetuneParams, Params, TeacherParams, TransferParams
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.data.rows import TokenRows
@@ -37,7 +38,8 @@ def ablate(folder: Path, params: Params, budget: Budget, sections: tuple[str, ..
     ablation.check_sections(sections)
     pin = resolve_teacher(params.teacher, folder)
     work = folder / "ablation"
-    with locked(work / "pin.lock"):
+    work.mkdir(exist_ok=True)
+    with FileLock(work / "pin.lock"):
         write_pin(pin, folder, work / "pin")
     inputs = {
         "params": dataclasses.asdict(params),

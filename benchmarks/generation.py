@@ -129,10 +129,10 @@ def tenth_kept(shape: ModelShape) -> dict[int, tuple[int, ...]]:
 def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCache:
     """States and kept keys and values of `batch` sequences after `context` tokens, with random contents."""
     config: Any = model.config
-    settings, cache = LinearizeConfig(**config.linearize), HybridCache(config)
+    settings, cache = LinearizeConfig.from_dict(config.linearize), HybridCache(config)
     for layer, maps in zip(cache.layers, feature_maps(model).values(), strict=True):
         assert isinstance(layer, HybridLayer)
-        heads, groups = len((maps.w_q if maps.w_k is None else maps.w_k).detach()), len(maps.groups.linear)
+        heads, groups = len(maps.w_k.detach()), len(maps.groups.linear)
         if layer.softmax is not None:
             kept = (batch, config.num_key_value_heads - groups, context, config.head_dim)
             layer.softmax.update(
@@ -154,7 +154,7 @@ def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCach
             tensor.uniform_()
         # The states stand at different places of their chunks, as those of sequences that began apart.
         state.length.copy_(context + torch.arange(batch, device=model.device) % 64)
-        layer.state, layer.seen = state, context
+        layer.state, layer.length = state, context
     return cache
 
 

@@ -12,7 +12,6 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import PrefectException
 from prefect.states import State
-from prefect.tasks import exponential_backoff
 
 from lolcats_common.errors import Unavailable
 from lolcats_common.params import GatesParams, Params
@@ -31,10 +30,12 @@ def _can_help(task: Any, task_run: Any, state: State[Any]) -> bool:
     return False
 
 
+# Five minutes in all: a server that was killed is back by then on a busy machine too, whatever its clients wait for.
+DELAYS = [2, 4, 8, 16, *[30] * 9]
 PATIENT: dict[str, Any] = {
     "cache_policy": NO_CACHE,
-    "retries": 4,
-    "retry_delay_seconds": exponential_backoff(backoff_factor=2),
+    "retries": len(DELAYS),
+    "retry_delay_seconds": DELAYS,
     "retry_jitter_factor": 0.3,
     "retry_condition_fn": _can_help,
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.events import emit_event
@@ -12,17 +13,25 @@ from flows import project_root
 from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
 from lolcats_common.errors import UserError
-from lolcats_common.params import load_params
-from tasks.operations import drift as drifting
+from lolcats_common.params import Params, load_params
 from tasks.operations import relinearization
 from tasks.versioning import worktrees
+
+if TYPE_CHECKING:
+    from tasks.operations.drift import Drift
 
 DRIFT_EVENT = "lolcats.drift"
 RESTARTS = 10  # in a row, each after a crash
 _prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
 _changes = task(name="find changes", task_run_name="find changes", **PATIENT)(relinearization.changes)
 _commit = task(name="commit dvc.lock", task_run_name="commit dvc.lock", **PATIENT)(relinearization.commit)
-_measure = task(name="measure drift", task_run_name="measure drift", **PATIENT)(drifting.measure)
+
+
+@task(name="measure drift", task_run_name="measure drift", **PATIENT)
+def _measure(root: Path, params: Params) -> Drift:
+    from tasks.operations import drift as drifting
+
+    return drifting.measure(root, params)
 
 
 @flow(name="relinearize", validate_parameters=False)

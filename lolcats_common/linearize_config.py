@@ -9,9 +9,11 @@ from typing import Any, Literal
 from lolcats_common.errors import UserError
 
 Window = Literal["terraced", "sliding", "none"]
-FeatureMap = Literal["hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu"]
+FeatureMap = Literal["hedgehog", "t2r", "elu"]
 WINDOWS: tuple[str, ...] = ("terraced", "sliding", "none")
-FEATURE_MAPS: tuple[str, ...] = ("hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu")
+FEATURE_MAPS: tuple[str, ...] = ("hedgehog", "t2r", "elu")
+# Settings of earlier versions and the only value that still means what it did then.
+RETIRED = {"feature_map_skip": False, "tie_qk": False}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LinearizeConfig:
             linear attention.
         window_size: tokens in a chunk (terraced) or in the window (sliding).
         feature_map: activation of the learned map, applied after rotary embeddings.
-        feature_dim: columns F of each map; ``hedgehog`` and ``exp`` have 2F features.
+        feature_dim: columns F of each map; ``hedgehog`` has 2F features.
         k_map_per: one key map per ``query_head`` (published) or per ``kv_head`` (state H/Hk times smaller).
         softmax_layers: layers that keep softmax attention.
         softmax_heads: kv groups that keep softmax attention inside a layer whose other groups are linearized: layer
@@ -40,8 +42,6 @@ class LinearizeConfig:
             ``calibrated``: centres of clusters of the teacher's keys, and window factors by their error, which
             attention transfer sets from its first rows before it trains.
         feature_map_bias: add a learned bias before the activation (t2r of the paper has one).
-        feature_map_skip: use x(W + I) instead of xW; needs feature_dim equal to the head dim.
-        tie_qk: queries and keys share one map.
 
     Raises:
         UserError: a value breaks its constraint; the message names both.
@@ -61,8 +61,6 @@ class LinearizeConfig:
     linear_decay: float | None = None
     feature_map_init: Literal["kaiming", "identity", "calibrated"] = "kaiming"
     feature_map_bias: bool = False
-    feature_map_skip: bool = False
-    tie_qk: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "softmax_layers", tuple(sorted(set(self.softmax_layers))))
@@ -96,8 +94,22 @@ class LinearizeConfig:
                 f"`softmax_sinks` must be at least 0 and below `softmax_window` ({self.softmax_window}),"
                 f" got {self.softmax_sinks}"
             )
-        if self.tie_qk and self.k_map_per == "kv_head":
-            raise UserError("`tie_qk` needs `k_map_per: query_head`, because query and key maps are then one tensor")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LinearizeConfig:
+        """The settings in a saved model's config.json or beside saved maps, of earlier versions too.
+
+        Raises:
+            UserError: a value breaks its constraint, or needs an option that is gone (`RETIRED`).
+            TypeError: a setting is unknown.
+        """
+        for name, value in RETIRED.items():
+            if values.get(name, value) != value:
+                raise UserError(
+                    f"`{name}: {values[name]!r}` is an option of an earlier version, which this one does not have;"
+                    " load the model with the code that is saved beside it (`trust_remote_code=True`)"
+                )
+        return cls(**{name: value for name, value in values.items() if name not in RETIRED})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's config.json."""
@@ -133,4 +145,4 @@ def local_layers(config: Any) -> tuple[int, ...]:
 
 def softmax_layers(config: Any) -> tuple[int, ...]:
     """Layers of a linearized model's config that keep softmax attention: those chosen and the local ones."""
-    return tuple(sorted({*LinearizeConfig(**config.linearize).softmax_layers, *local_layers(config)}))
+    return tuple(sorted({*LinearizeConfig.from_dict(config.linearize).softmax_layers, *local_layers(config)}))

@@ -23,6 +23,8 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.operation_params import GatesParams, RelinearizeParams
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 
+PRESETS = Path(__file__).parents[1] / "presets"
+
 
 @dataclass(frozen=True)
 class ComputeParams:
@@ -225,12 +227,12 @@ def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[s
 
 
 def presets() -> dict[str, Path]:
-    """Name and file of each preset that the project ships (presets/*.yaml)."""
-    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))}
+    """Name and file of each preset of a model; the recipe that they extend is none by itself."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml")) if path.stem != "published"}
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """Overrides of one preset.
+    """Overrides of one preset, laid over those of the recipe that its `extends` names.
 
     Raises:
         ParamsError: no preset has that name.
@@ -238,7 +240,8 @@ def read_preset(name: str) -> dict[str, Any]:
     known = presets()
     if name not in known:
         raise ParamsError(f"unknown preset {name!r}{_nearest(name, known)}; presets: {', '.join(known)}")
-    return read_yaml(known[name])
+    values = read_yaml(known[name])
+    return apply_overrides(read_yaml(PRESETS / f"{values.pop('extends')}.yaml"), values)
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:

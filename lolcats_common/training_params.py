@@ -17,7 +17,7 @@ class TrainingParams:
 
     `batch_size` counts rows per forward pass; an optimiser step takes `gradient_accumulation` of them. `max_steps`
     counts optimiser steps and cuts `epochs` short. `eval_every`, `checkpoint_every` and `log_every` count optimiser
-    steps. `early_stopping` is the number of evaluations without a better validation loss after which training ends.
+    steps.
     """
 
     lr: float = 1e-2
@@ -34,7 +34,6 @@ class TrainingParams:
     max_steps: int | None = None
     eval_every: int = 100
     max_eval_rows: int | None = None
-    early_stopping: int | None = None
     checkpoint_every: int = 100
     log_every: int = 10
 
@@ -48,7 +47,7 @@ class TrainingParams:
         _require(self.max_grad_norm > 0, "`max_grad_norm` must be greater than 0", self.max_grad_norm)
         for name in ("batch_size", "gradient_accumulation", "epochs", "eval_every", "checkpoint_every", "log_every"):
             _require(getattr(self, name) >= 1, f"`{name}` must be at least 1", getattr(self, name))
-        for name in ("max_steps", "max_eval_rows", "early_stopping"):
+        for name in ("max_steps", "max_eval_rows"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)
 

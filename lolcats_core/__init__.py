@@ -4,6 +4,7 @@ Importing this package registers the linearized model types with transformers' A
 """
 
 from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 from lolcats_core.export.delta import load_delta, save_delta
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.decoding.decode_graph import graphed_decoding
@@ -11,10 +12,14 @@ from lolcats_core.model.map_files import load_feature_maps, save_feature_maps
 from lolcats_core.model.modeling import linearize, supported_architectures
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
+from lolcats_core.training.selection import select
 
 __all__ = [
+    "FinetuneParams",
     "HybridCache",
     "LinearizeConfig",
+    "SelectParams",
+    "TransferParams",
     "attention_transfer",
     "graphed_decoding",
     "linearize",
@@ -23,5 +28,6 @@ __all__ = [
     "low_rank_finetune",
     "save_delta",
     "save_feature_maps",
+    "select",
     "supported_architectures",
 ]

@@ -17,7 +17,7 @@ from lolcats_core.evaluation import generation, synthetic
 from lolcats_core.evaluation.harness import lm_eval_version
 from lolcats_core.evaluation.paired import loss_comparison, paired_comparison, recovery
 from tasks.measurements.suite import Measurements
-from tasks.reporting.evaluation_figures import MODELS, perplexity_figure, recall_figure, tasks_figure
+from tasks.reporting.figures import MODELS, perplexity_figure, recall_figure, tasks_figure
 from tasks.runner.stage import Stage, main
 
 STEPS = ("teacher", "swapped", "transferred", "finetuned")

@@ -12,9 +12,7 @@ from matplotlib.figure import Figure
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json, write_text
-from tasks.reporting import report_figures as figures
-from tasks.reporting.evaluation_figures import MODELS, perplexity_figure, recall_figure
-from tasks.reporting.figures import layer_figure, loss_figure, selection_figure
+from tasks.reporting import figures
 from tasks.reporting.report_html import STEPS, Facts, page
 from tasks.runner.stage import Stage, main
 
@@ -83,12 +81,12 @@ def plots(
     }
     recall, positions = evaluation["recall"], evaluation["positions"]
     found["recall"] = [
-        {"gap": int(gap)} | {model: recall[model][gap]["value"] for model in MODELS}
+        {"gap": int(gap)} | {model: recall[model][gap]["value"] for model in figures.MODELS}
         for gap in sorted(recall.get("teacher", {}), key=int)
     ]
-    ranges = zip(*(positions[model]["ranges"] for model in MODELS), strict=True) if positions else ()
+    ranges = zip(*(positions[model]["ranges"] for model in figures.MODELS), strict=True) if positions else ()
     found["positions"] = [
-        {"position": entry[0]["stop"]} | {model: e["loss"] for model, e in zip(MODELS, entry, strict=True)}
+        {"position": entry[0]["stop"]} | {model: e["loss"] for model, e in zip(figures.MODELS, entry, strict=True)}
         for entry in ranges
     ]
     return found
@@ -101,10 +99,10 @@ def draw(
     evaluation, transfer, finetune = facts.evaluation, histories["transfer"], histories["finetune"]
     perplexity = evaluation["perplexity"]
     drawn: dict[str, Figure | None] = {
-        "perplexity": perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
+        "perplexity": figures.perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
     }
     if any(evaluation["recall"].values()):
-        drawn["recall"] = recall_figure(evaluation["recall"])
+        drawn["recall"] = figures.recall_figure(evaluation["recall"])
     drawn["recovery"] = figures.recovery_figure(evaluation["tasks"])
     if evaluation["positions"]:
         drawn["positions"] = figures.positions_figure(evaluation["positions"], trained)
@@ -120,12 +118,12 @@ def draw(
         if audit["entropy"] and audit["head_errors"]:
             drawn["entropy"] = figures.entropy_figure(audit["entropy"], audit["head_errors"])
     if transfer:
-        drawn["transfer_loss"] = loss_figure(transfer, "Attention transfer", log_scale=True)
-        drawn["transfer_layers"] = layer_figure(transfer, "Attention transfer: error by layer")
+        drawn["transfer_loss"] = figures.loss_figure(transfer, "Attention transfer", log_scale=True)
+        drawn["transfer_layers"] = figures.layer_figure(transfer, "Attention transfer: error by layer")
     if any(entry["score"] is not None for entry in selection["candidates"]):
-        drawn["selection"] = selection_figure(selection)
+        drawn["selection"] = figures.selection_figure(selection)
     if finetune:
-        drawn["finetune_loss"] = loss_figure(finetune, "Low-rank finetuning")
+        drawn["finetune_loss"] = figures.loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 

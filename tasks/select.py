@@ -15,7 +15,7 @@ from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.map_files import read_feature_maps, restrict_maps, write_feature_maps
 from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import Teacher
-from lolcats_core.training.selection import NEEDS_MODEL, Divergence, select, student_divergence
+from lolcats_core.training.selection import NEEDS_MODEL, Divergence, choose_softmax, student_divergence
 from tasks.reporting.figures import selection_figure
 from tasks.runner.artifacts import MAPS, open_rows
 from tasks.runner.stage import Stage, main
@@ -29,7 +29,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     errors = {int(layer): each for layer, each in saved.items()}
     needed = params.softmax_budget is not None and params.criterion in NEEDS_MODEL
     divergence = _divergence(stage, teacher, settings) if needed else None
-    selection = select(params, settings, teacher.config, errors, seed=stage.params.seed, divergence=divergence)
+    selection = choose_softmax(params, settings, teacher.config, errors, seed=stage.params.seed, divergence=divergence)
 
     maps = read_feature_maps(stage.input("transfer") / MAPS, settings.to_dict())
     with torch.device("meta"):

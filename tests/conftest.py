@@ -80,6 +80,12 @@ from tasks.runner.stage import main
 
 name = sys.argv.pop(1)
 
+def pause(step):
+    seconds, _, held = Path("pause.txt").read_text().partition(" ")
+    time.sleep(float(seconds))
+    while held and f"{name} {step}" in Path(held).read_text().splitlines():
+        time.sleep(0.05)
+
 def run(stage):
     from lolcats_common.errors import UserError
     if stage.params.seed == 13:
@@ -92,7 +98,7 @@ def run(stage):
         stage.log_metrics({"loss": 1.0 / step}, step)
         step_file.write_text(str(step))
         print(f"{name} step {step}", flush=True)
-        time.sleep(float(Path("pause.txt").read_text()))
+        pause(step)
     quality = Path("outputs/inputs/data.txt")
     perplexity = float(quality.read_text()) if quality.exists() else 12.0
     (stage.out / "result.txt").write_text(f"{name} {stage.params.finetune.lr if name == 'finetune' else ''}")
@@ -190,6 +196,18 @@ def make_fake_project(folder: Path) -> Path:
     run_git(root, "add", "--all")
     run_git(root, "commit", "--quiet", "--message", "start")
     return root
+
+
+def hold(root: Path, *steps: str) -> None:
+    """Let a fake project's stages stay at these steps (``"finetune 3"``) until they are named no more.
+
+    What happens to a stage at a step then happens there on the slowest machine too.
+    """
+    held = root.parent / "held.txt"
+    replacement = held.with_suffix(".new")
+    replacement.write_text("".join(f"{step}\n" for step in steps))
+    replacement.replace(held)
+    (root / "pause.txt").write_text(f"0 {held}")
 
 
 @pytest.fixture

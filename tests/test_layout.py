@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -42,9 +43,12 @@ LAYERS = (
     ("tasks.cli",),
 )
 PLAIN = {"yaml"}
-NUMERICAL = {"torch", "transformers", "peft", "safetensors", "triton", "numpy", "yaml"}
+# torch itself needs filelock.
+NUMERICAL = {"torch", "transformers", "peft", "safetensors", "triton", "numpy", "yaml", "filelock"}
 OURS = {"lolcats_common", "lolcats_core", "lolcats_kernels"}
 NEVER = {"prefect", "mlflow", "dvc", "tasks", "flows"}
+# Documents that a run writes.
+WRITTEN = {"ablation.md", "frontier.md", "summary.md"}
 # A folder's floor that can be taken in at one look.
 FLOOR = 14
 
@@ -153,3 +157,21 @@ def test_the_distribution_holds_every_package() -> None:
         for folder in folders
     }
     assert names <= set(settings["packages"])
+
+
+def test_a_legend_of_dimensions_stands_in_the_module_s_docstring() -> None:
+    for path in MODULES.values():
+        after = path.read_text(encoding="utf-8").split("from __future__", 1)[0].rpartition('"""')[2]
+        assert not re.search(r"^# [A-Za-z]+ [a-z]", after, flags=re.MULTILINE), path
+
+
+def test_documents_that_the_library_and_the_documents_refer_to_exist() -> None:
+    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("reports/*.md")]
+    names = {path.name for path in documents}
+    for path in MODULES.values():
+        for reference in re.findall(r"(?:docs/)?\b\w+\.md\b", path.read_text(encoding="utf-8")):
+            known = (ROOT / reference).is_file() if "/" in reference else reference in names | WRITTEN
+            assert known, (path, reference)
+    for path in documents:
+        for link in re.findall(r"\]\(([\w/.]+\.md)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).is_file(), (path, link)

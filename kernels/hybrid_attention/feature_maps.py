@@ -10,12 +10,12 @@ from torch import Tensor
 
 # Floor of every feature, as in the published code: it keeps the denominator of pure linear attention positive.
 FEATURE_FLOOR = 1e-12
-FEATURE_MAPS = ("hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu")
+FEATURE_MAPS = ("hedgehog", "t2r", "elu")
 
 
 def feature_count(feature_map: str, feature_dim: int) -> int:
     """Number of features E of a map with F = `feature_dim` columns."""
-    return 2 * feature_dim if feature_map in ("hedgehog", "exp") else feature_dim
+    return 2 * feature_dim if feature_map == "hedgehog" else feature_dim
 
 
 def apply_feature_map(x: Tensor, w: Tensor, feature_map: str, bias: Tensor | None = None) -> Tensor:
@@ -24,9 +24,8 @@ def apply_feature_map(x: Tensor, w: Tensor, feature_map: str, bias: Tensor | Non
     Args:
         x: [..., H, N, D], after rotary embeddings.
         w: [H, D, F]. `bias`: [H, F] or None.
-        feature_map: ``hedgehog``: softmax over the features of xW and of -xW, concatenated; ``hedgehog_half``: the
-            first half; ``exp``: exp(xW - max) and exp(-xW + min) per row; ``exp_half``: the first half; ``t2r``:
-            ReLU; ``elu``: 1 + ELU.
+        feature_map: ``hedgehog``: softmax over the features of xW and of -xW, concatenated; ``t2r``: ReLU;
+            ``elu``: 1 + ELU.
 
     Returns:
         [..., H, N, E] in the dtype of `x`.
@@ -39,12 +38,6 @@ def apply_feature_map(x: Tensor, w: Tensor, feature_map: str, bias: Tensor | Non
         z = z + bias.to(x.dtype)[:, None, :]
     if feature_map == "hedgehog":
         phi = torch.cat([z.softmax(-1), (-z).softmax(-1)], -1)
-    elif feature_map == "hedgehog_half":
-        phi = z.softmax(-1)
-    elif feature_map == "exp":
-        phi = torch.cat([(z - z.amax(-1, keepdim=True)).exp(), (z.amin(-1, keepdim=True) - z).exp()], -1)
-    elif feature_map == "exp_half":
-        phi = (z - z.amax(-1, keepdim=True)).exp()
     elif feature_map == "t2r":
         phi = z.relu()
     elif feature_map == "elu":

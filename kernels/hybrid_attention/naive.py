@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
 
-# Keeps pure linear attention (no window, hence no gamma in the denominator) from dividing by zero; method.md, 1.
+# Keeps pure linear attention from dividing by zero: without a window its denominator has no gamma (docs/method.md, 3).
 NO_WINDOW_EPSILON = 1e-12
 
 

@@ -1,9 +1,9 @@
-"""The step in Triton. A room's filled slots are divided between programs, whose sums a second kernel joins.
+"""The step in Triton. The filled slots are divided between programs, whose sums a second kernel joins.
 
-How far a room is filled stands in device memory, so programs that find nothing to do end at once, and a launch fits
+How many slots are filled stands in device memory, so programs that find nothing to do end at once, and a launch fits
 every position.
 
-# B batch, H query heads, Hk key/value heads, D head dim (DB: next power of two), C slots of the room, s sinks (SB)
+# B batch, H query heads, Hk key/value heads, D head dim (DB: next power of two), C slots, s sinks (SB)
 # G query heads of a group, padded; N slots of a tile; P pieces
 """
 
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.fused.features import LOG2E, softcapped
+from lolcats_kernels.softmax_decode.step import DecodeStep
 
 # Rows of the smallest product on tensor cores: query heads of a group are padded to it.
 GROUP_ROWS = 16
@@ -45,7 +46,7 @@ def attend(q, k, v, seen, top, den, acc, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def piece_kernel(
-    Q, K, V, KEYS, VALUES, REAL, SINK_K, SINK_V, SINK_COLUMN, NEWEST, Y, TOP, DEN, ACC,
+    Q, K, V, KEYS, VALUES, PADDING_MASK, SINK_K, SINK_V, SINK_COLUMN, NEWEST, Y, TOP, DEN, ACC,
     pieces, slots, scale, cap, q_b, q_h, k_b, k_h, v_b, v_h,
     H: tl.constexpr, HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, N: tl.constexpr,
     SINKS: tl.constexpr, SB: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr, DIVIDED: tl.constexpr,
@@ -68,7 +69,7 @@ def piece_kernel(
         heads = hk * GROUP + og
         inside = in_group[:, None] & in_d[None, :]
         q = tl.load(Q + b * q_b + heads[:, None] * q_h + od[None, :], mask=inside, other=0.0)
-        room = (b * HK + hk) * slots
+        head_slots = (b * HK + hk) * slots
         # Finite, so that a tile of which nothing is seen weighs nothing.
         top = tl.full([G], -1e30, tl.float32)
         den = tl.zeros([G], tl.float32)
@@ -76,11 +77,11 @@ def piece_kernel(
         if piece == 0:
             k_new = tl.load(K + b * k_b + hk * k_h + od, mask=in_d, other=0.0)
             v_new = tl.load(V + b * v_b + hk * v_h + od, mask=in_d, other=0.0)
-            tl.store(KEYS + (room + own) * D + od, k_new, mask=in_d)
-            tl.store(VALUES + (room + own) * D + od, v_new, mask=in_d)
+            tl.store(KEYS + (head_slots + own) * D + od, k_new, mask=in_d)
+            tl.store(VALUES + (head_slots + own) * D + od, v_new, mask=in_d)
             if PADDED:
                 if hk == 0:
-                    tl.store(REAL + b * slots + own, 1)
+                    tl.store(PADDING_MASK + b * slots + own, 1)
             product = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
             top = softcapped(product, cap, CAPPED) * LOG2E
             den += 1.0
@@ -99,8 +100,8 @@ def piece_kernel(
             # The first piece writes the new token's slot, and has seen it.
             seen = (slot < filled) & (slot != own)
             if PADDED:
-                seen = seen & (tl.load(REAL + b * slots + slot, mask=seen, other=0) != 0)
-            place = (room + slot)[:, None] * D + od[None, :]
+                seen = seen & (tl.load(PADDING_MASK + b * slots + slot, mask=seen, other=0) != 0)
+            place = (head_slots + slot)[:, None] * D + od[None, :]
             tile = seen[:, None] & in_d[None, :]
             k = tl.load(KEYS + place, mask=tile, other=0.0)
             v = tl.load(VALUES + place, mask=tile, other=0.0)
@@ -143,23 +144,12 @@ def join_kernel(
     tl.store(Y + row * D + od, (acc / den).to(Y.dtype.element_ty), mask=in_d)
 
 
-def softmax_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    newest: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    real: Tensor | None,
-    sinks: tuple[Tensor, Tensor, Tensor] | None,
-) -> Tensor:
-    """Arguments and result of `softmax_decode_`."""
-    batch, heads, _, dim = q.shape
+def softmax_decode(step: DecodeStep) -> Tensor:
+    """[B, 1, H, D] as `softmax_decode_`."""
+    keys, values, newest, mask = step.keys, step.values, step.newest, step.padding_mask
+    batch, heads, _, dim = step.q.shape
     key_heads, slots = keys.shape[1:3]
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (step.q, step.k, step.v))
     padded_dim = max(16, triton.next_power_of_2(dim))
     row_bytes = padded_dim * keys.element_size()
     tile = min(TILE, TILE_BYTES // row_bytes)
@@ -171,15 +161,15 @@ def softmax_decode(
     shape = (batch, heads, pieces) if divided else (0,)
     top, den = torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     acc = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
-    sink_k, sink_v, sink_column = sinks or (keys, values, newest)
-    count = 0 if sinks is None else sink_k.shape[2]
+    sink_k, sink_v, sink_column = step.sinks or (keys, values, newest)
+    count = 0 if step.sinks is None else sink_k.shape[2]
     constants = {"D": dim, "DB": padded_dim, "N": tile}
     piece_kernel[(key_heads, batch, pieces)](
-        q, k, v, keys, values, newest if real is None else real.view(torch.uint8), sink_k, sink_v, sink_column, newest,
-        y, top, den, acc, pieces, slots, scale, softcap or 0.0,
+        q, k, v, keys, values, newest if mask is None else mask.view(torch.uint8), sink_k, sink_v, sink_column, newest,
+        y, top, den, acc, pieces, slots, step.scale, step.softcap or 0.0,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), **constants,
         H=heads, HK=key_heads, G=max(GROUP_ROWS, triton.next_power_of_2(heads // key_heads)), SINKS=count,
-        SB=max(16, triton.next_power_of_2(count)), PADDED=real is not None, CAPPED=softcap is not None,
+        SB=max(16, triton.next_power_of_2(count)), PADDED=mask is not None, CAPPED=step.softcap is not None,
         DIVIDED=divided, num_warps=4, num_stages=stages,
     )  # fmt: skip
     if divided:

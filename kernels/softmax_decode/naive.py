@@ -1,6 +1,6 @@
 """The step in plain PyTorch: the definition, and what runs without a GPU.
 
-# B batch, H query heads, Hk key/value heads, D head dim, C slots of the room, s sinks
+# B batch, H query heads, Hk key/value heads, D head dim, C slots
 """
 
 from __future__ import annotations
@@ -8,37 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lolcats_kernels.softmax_decode.step import DecodeStep
 
-def softmax_decode_naive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    newest: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    real: Tensor | None,
-    sinks: tuple[Tensor, Tensor, Tensor] | None,
-) -> Tensor:
-    """Arguments and result of `softmax_decode_`, in float32 or, if q has it, float64."""
+
+def softmax_decode_naive(step: DecodeStep) -> Tensor:
+    """[B, 1, H, D] as `softmax_decode_`, computed in float32 or, if q has it, float64."""
+    q, keys, values, newest = step.q, step.keys, step.values, step.newest
     slots = keys.shape[2]
     slot = newest % slots
-    keys.index_copy_(2, slot, k)
-    values.index_copy_(2, slot, v)
-    # Slots that no token has taken yet: those after the newest in a room that has not gone round.
+    keys.index_copy_(2, slot, step.k)
+    values.index_copy_(2, slot, step.v)
+    # Slots after the newest are free in storage that has not gone round.
     seen = (torch.arange(slots, device=q.device) <= newest).expand(q.shape[0], -1)
-    if real is not None:
-        real.index_fill_(1, slot, True)
-        seen = seen & real
-    if sinks is not None:
-        # What is still in the room is seen there.
-        seen = torch.cat([sinks[2] <= newest - slots, seen], 1)
-        keys, values = torch.cat([sinks[0], keys], 2), torch.cat([sinks[1], values], 2)
+    if step.padding_mask is not None:
+        step.padding_mask.index_fill_(1, slot, True)
+        seen = seen & step.padding_mask
+    if step.sinks is not None:
+        # A sink that is still in the storage is seen there.
+        sink_k, sink_v, column = step.sinks
+        seen = torch.cat([column <= newest - slots, seen], 1)
+        keys, values = torch.cat([sink_k, keys], 2), torch.cat([sink_v, values], 2)
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(wide).unflatten(1, (keys.shape[1], -1))[:, :, :, 0] @ keys.to(wide).mT * scale  # [B, Hk, H/Hk, C]
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
+    grouped = q.to(wide).unflatten(1, (keys.shape[1], -1))[:, :, :, 0]  # [B, Hk, H/Hk, D]
+    scores = grouped @ keys.to(wide).mT * step.scale  # [B, Hk, H/Hk, C]
+    if step.softcap is not None:
+        scores = step.softcap * (scores / step.softcap).tanh()
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
     return (weights @ values.to(wide)).flatten(1, 2)[:, None].to(q.dtype)

@@ -1,9 +1,9 @@
 """Token rows on disk: fixed-length rows in memory-mapped column files, so that a corpus may be larger than memory.
 
 A directory holds `rows.json` (the header) and one `<column>.bin` per column, little-endian, row after row.
-"""
 
 # n rows asked for, R rows in all, L sequence_length
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Generation first: what a model writes greedily, beside what its teacher writes, and what the writing costs.
 
 Log-likelihoods hide what is lost when a model has to live with its own words (arXiv 2603.26556).
-"""
 
 # B batch, T tokens of the prompt, N new tokens
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Loss by position: whether a model still uses its context where it is longer than the rows it was trained on."""
+"""Loss by position: whether a model still uses its context where it is longer than the rows it was trained on.
 
 # B batch, T tokens, V vocabulary
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Copying recall: what a model still knows of tokens that lie a given distance back."""
+"""Copying recall: what a model still knows of tokens that lie a given distance back.
 
 # B batch, G gap, V vocabulary
+"""
 
 from __future__ import annotations
 

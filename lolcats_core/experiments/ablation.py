@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import PreTrainedModel
 
 from lolcats_common.errors import DivergedError, UserError
 from lolcats_common.files import sha256_json, write_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_common.locks import locked
 from lolcats_common.params import FinetuneParams, Params, TransferParams
 from lolcats_core.compute.device import resolve_device, resolve_dtype, seed_everything
 from lolcats_core.data.rows import TokenRows
@@ -256,15 +256,17 @@ def run_row(row: Row, setting: Setting, *, wait: bool = True) -> dict[str, Any] 
         ``tokens``; of a row that diverged, None for what could not be measured.
     """
     file = setting.scratch / f"row-{row.key()}.json"
-    with locked(file.with_suffix(".lock"), wait=wait) as mine:
-        if not mine:
-            return None
-        if not file.is_file():
-            measured = _measure(row, setting, file.with_suffix(""))
-            write_json(file, measured)
-            shown = "  ".join(f"{name} {v:.4g}" for name, v in measured.items() if isinstance(v, float))
-            logger.info("%s, %s: %s", row.section, row.label, shown)
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+    setting.scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file.with_suffix(".lock"), blocking=wait):
+            if not file.is_file():
+                measured = _measure(row, setting, file.with_suffix(""))
+                write_json(file, measured)
+                shown = "  ".join(f"{name} {v:.4g}" for name, v in measured.items() if isinstance(v, float))
+                logger.info("%s, %s: %s", row.section, row.label, shown)
+    except Timeout:
+        return None
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _measure(row: Row, setting: Setting, work: Path) -> dict[str, Any]:
@@ -313,7 +315,7 @@ def _transfer(student: PreTrainedModel, row: Row, setting: Setting) -> dict[str,
     if row.transfer_steps:
         key = sha256_json({"linearize": row.linearize.to_dict(), "steps": row.transfer_steps})[:16]
         maps = setting.scratch / f"maps-{key}.safetensors"
-        with locked(maps.with_suffix(".lock")):
+        with FileLock(maps.with_suffix(".lock")):
             if not maps.is_file():
                 work = maps.with_suffix("")
                 attention_transfer(

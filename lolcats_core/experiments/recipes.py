@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,14 +32,14 @@ from lolcats_core.evaluation.results import model_hash
 from lolcats_core.model.branches import without_branch
 from lolcats_core.model.decoding.state_size import published_settings, state_size
 from lolcats_core.model.forward import causal_logits, evaluating, rows_per_forward
-from lolcats_core.model.map_files import INITIAL, NOT_OF_MAPS, load_feature_maps, restrict_maps, save_feature_maps
-from lolcats_core.model.modeling import feature_maps, linearize, named_map_parameters
+from lolcats_core.model.map_files import INITIAL, NOT_OF_MAPS, load_feature_maps, save_feature_maps
+from lolcats_core.model.modeling import feature_maps, linearize
 from lolcats_core.training.attention_transfer import Errors, attention_transfer, head_errors
 from lolcats_core.training.loop import Rows, total_steps
 from lolcats_core.training.losses import plain_model
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
 from lolcats_core.training.perplexity import next_token_targets, perplexity
-from lolcats_core.training.selection import NEEDS_MODEL, select, student_divergence
+from lolcats_core.training.selection import select
 
 logger = logging.getLogger(__name__)
 # What a recipe decides; everything else of params.yaml is the same for all.
@@ -157,16 +156,8 @@ def run(recipe: Recipe, bench: Bench, seed: int, *, finetune: bool = True) -> di
     started = time.monotonic()
     seed_everything(seed)
     student, errors, transfer_seconds = transferred(recipe, bench, seed)
-    teacher, chosen = bench.teacher, recipe.params.select
-    divergence = None
-    if chosen.softmax_budget is not None and chosen.criterion in NEEDS_MODEL:
-        batch_size = rows_per_forward(chosen.rows, bench.validation_rows.sequence_length, teacher.config.vocab_size)
-        divergence = student_divergence(teacher, student, bench.validation_rows, chosen.rows, batch_size)
-    selection = select(chosen, recipe.params.linearize, teacher.config, errors, seed=seed, divergence=divergence)
-    kept = linearize(teacher, selection.settings, seed=seed)
-    with torch.no_grad():
-        for name, value in restrict_maps(named_map_parameters(student), student, kept).items():
-            kept.get_parameter(name).copy_(value)
+    chosen = recipe.params.select
+    kept, selection = select(bench.teacher, student, bench.validation_rows, chosen, errors=errors, seed=seed)
     selected = time.monotonic()
     row: dict[str, Any] = {
         "recipe": recipe.name,
@@ -292,7 +283,7 @@ def state_bytes(model: PreTrainedModel, bench: Bench) -> dict[str, float]:
     """
     config, context = cast(Any, model).config, bench.measures.context
     teacher = LinearizeConfig(softmax_layers=tuple(range(config.num_hidden_layers)))
-    settings = LinearizeConfig(**config.linearize) if hasattr(config, "linearize") else teacher
+    settings = LinearizeConfig.from_dict(config.linearize) if hasattr(config, "linearize") else teacher
     size, whole, published = (
         state_size(config, each, bench.teacher.dtype) for each in (settings, teacher, published_settings(config))
     )

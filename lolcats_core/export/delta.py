@@ -134,7 +134,7 @@ def read_delta(folder: Path | str) -> Delta:
     try:
         values = json.loads((folder / DELTA).read_text(encoding="utf-8"))
         delta = Delta(**{**values, "base": TeacherPin(**values["base"])})
-        LinearizeConfig(**delta.linearize)
+        LinearizeConfig.from_dict(delta.linearize)
         if not isinstance(getattr(torch, delta.dtype), torch.dtype):
             raise ValueError(f"`dtype` must be one of torch's, got {delta.dtype!r}")
         changed = [name for name, digest in delta.files.items() if sha256_file(folder / name) != digest]
@@ -182,7 +182,7 @@ def load_delta(
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    student = model if _linearized(model.config) else linearize(model, LinearizeConfig(**delta.linearize))
+    student = model if _linearized(model.config) else linearize(model, LinearizeConfig.from_dict(delta.linearize))
     student.to(torch.device(device or model.device))  # type: ignore[arg-type]
     adapted = PeftModel.from_pretrained(student, folder, torch_device=str(student.device)).eval()
     if not merge:

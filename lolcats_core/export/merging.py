@@ -115,7 +115,7 @@ def _trained(adapted: PeftModel) -> dict[str, dict[str, Tensor]]:
 def _names(student: Any) -> dict[str, torch.Size]:
     """Name and shape of every parameter of the plain student, tied ones once."""
     values = {**student.config.to_dict(), "model_type": student.config.model_type.removeprefix(PREFIX)}
-    settings = LinearizeConfig(**values.pop("linearize"))
+    settings = LinearizeConfig.from_dict(values.pop("linearize"))
     for name in ("architectures", "_name_or_path"):
         values.pop(name, None)
     teacher, _ = family_of(student.config).resolve()

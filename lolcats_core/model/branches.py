@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import nn
 
+from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.modeling import feature_maps
 
 Branch = Literal["linear", "window"]
 
 
 @contextlib.contextmanager
-def without_branch(maps: Iterable[Any], branch: Branch) -> Iterator[None]:
+def without_branch(maps: Iterable[nn.Module], branch: Branch) -> Iterator[None]:
     """Inside the block, one branch of the heads of `maps` (`FeatureMaps`, or peft's wrapper of them) is off.
 
     Without the ``linear`` branch only the window is left. Without the ``window`` the linear branch sees every token up
     to the query, as in pure linear attention.
+
+    Raises:
+        ValueError: the other branch is off already.
     """
-    changed = []
-    for each in maps:
-        changed.append((each, vars(each).get("operands")))
-        # An attribute of the instance goes before the method of its class.
-        each.operands = _without(each.operands, branch)
+    # A wrapper holds the maps that it trains beside the original ones.
+    changed = [(each, each.active) for module in maps for each in module.modules() if isinstance(each, FeatureMaps)]
+    if any(active == branch for _, active in changed):
+        raise ValueError(f"one branch must stay on: `{branch}` is the only one left")
+    for each, _ in changed:
+        each.active = "window" if branch == "linear" else "linear"
     try:
         yield
     finally:
-        for each, outer in changed:
-            if outer is None:
-                del each.operands
-            else:
-                each.operands = outer
-
-
-def _without(operands: Callable[[Any], Any], branch: Branch) -> Callable[[Any], Any]:
-    def changed(scores: Any) -> Any:
-        maps, options = operands(scores)
-        if branch == "window":
-            return maps, {**options, "window": "none"}
-        return maps, {**options, "linear_factor": torch.zeros_like(maps[2])}
-
-    return changed
+        for each, active in changed:
+            each.active = active
 
 
 @contextlib.contextmanager
@@ -56,7 +48,7 @@ def window_dropout(module: nn.Module, share: float) -> Iterator[None]:
     if not share:
         yield
         return
-    found = list(feature_maps(module).values())
-    drawn = torch.rand(len(found)) < share
-    with without_branch([maps for maps, off in zip(found, drawn.tolist(), strict=True) if off], "window"):
+    layers = list(feature_maps(module).values())
+    drawn = torch.rand(len(layers)) < share
+    with without_branch([maps for maps, off in zip(layers, drawn.tolist(), strict=True) if off], "window"):
         yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,40 +28,36 @@ class Scores:
 class FeatureMaps(nn.Module):
     """Maps of queries and keys and the window factor of one layer (arXiv 2410.10254, sections 3.1 and 3.2).
 
-    `groups` says which of the layer's kv groups have them; those that keep softmax attention have none.
+    `groups` says which of the layer's kv groups have them; those that keep softmax attention have none. `active` says
+    which branches of these heads are on (`branches.without_branch`).
 
     Parameters (float32 unless the model is float64, whatever the model's dtype: steps of 1e-2 are lost in bf16):
-        w_q [H, D, F], w_k [H or Hk, D, F] (absent with `tie_qk`), b_q, b_k (with `feature_map_bias`), and
+        w_q [H, D, F], w_k [H or Hk, D, F], b_q, b_k (with `feature_map_bias`), and
         window_factor [H], whose sigmoid is gamma; with `linear_decay` also decay [heads of the key map], its logit.
     """
 
     def __init__(self, config: LinearizeConfig, groups: KVGroups, queries_per_group: int, head_dim: int) -> None:
         super().__init__()
         self.settings, self.groups = config, groups
+        self.active: Literal["both", "linear", "window"] = "both"
         key_heads = len(groups.linear)
         heads = key_heads * queries_per_group
         self.heads, self.head_dim = heads, head_dim
-        square = config.feature_map_skip or config.feature_map_init == "identity"
-        if square and config.feature_dim != head_dim:
+        if config.feature_map_init == "identity" and config.feature_dim != head_dim:
             raise UserError(
-                "`feature_map_skip` and `feature_map_init: identity` need `feature_dim` equal to the head dim"
-                f" {head_dim}, got {config.feature_dim}"
+                f"`feature_map_init: identity` needs `feature_dim` equal to the head dim {head_dim},"
+                f" got {config.feature_dim}"
             )
         map_heads = heads if config.k_map_per == "query_head" else key_heads
         shape = (head_dim, config.feature_dim)
         self.w_q = nn.Parameter(torch.empty(heads, *shape, dtype=torch.float32))
-        self.w_k = None if config.tie_qk else nn.Parameter(torch.empty(map_heads, *shape, dtype=torch.float32))
+        self.w_k = nn.Parameter(torch.empty(map_heads, *shape, dtype=torch.float32))
         bias = config.feature_map_bias
         self.b_q = nn.Parameter(torch.empty(heads, config.feature_dim, dtype=torch.float32)) if bias else None
-        self.b_k = (
-            nn.Parameter(torch.empty(map_heads, config.feature_dim, dtype=torch.float32))
-            if bias and not config.tie_qk
-            else None
-        )
+        self.b_k = nn.Parameter(torch.empty(map_heads, config.feature_dim, dtype=torch.float32)) if bias else None
         self.window_factor = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        state_heads = heads if config.tie_qk else map_heads
         decays = config.linear_decay is not None
-        self.decay = nn.Parameter(torch.empty(state_heads, dtype=torch.float32)) if decays else None
+        self.decay = nn.Parameter(torch.empty(map_heads, dtype=torch.float32)) if decays else None
         if self.w_q.device.type != "meta":
             self.reset_parameters()
 
@@ -78,8 +74,7 @@ class FeatureMaps(nn.Module):
             bound = math.sqrt(6 / (self.head_dim * self.settings.feature_dim))
             draw = torch.rand(self.w_q.shape, generator=generator, dtype=torch.float32)
             self.w_q.copy_((2 * draw - 1) * bound)
-        if self.w_k is not None:
-            self.w_k.copy_(self.w_q[:: self.heads // self.w_k.shape[0]])
+        self.w_k.copy_(self.w_q[:: self.heads // self.w_k.shape[0]])
         for bias in (self.b_q, self.b_k):
             if bias is not None:
                 bias.zero_()
@@ -97,21 +92,17 @@ class FeatureMaps(nn.Module):
             scores: of the layer that the maps stand in.
         """
         config = self.settings
-        w_q: Tensor = self.w_q
-        w_k, b_k = (self.w_q, self.b_q) if self.w_k is None else (self.w_k, self.b_k)
-        if config.feature_map_skip:
-            identity = torch.eye(self.head_dim, dtype=w_q.dtype, device=w_q.device)
-            w_q, w_k = w_q + identity, w_k + identity  # type: ignore[assignment]
         gamma = self.window_factor.sigmoid()
+        linear_factor = 1 - gamma if config.linear_factor == "affine" else None
         options: dict[str, Any] = {
-            "linear_factor": 1 - gamma if config.linear_factor == "affine" else None,
-            "window": config.window,
+            "linear_factor": torch.zeros_like(gamma) if self.active == "window" else linear_factor,
+            "window": "none" if self.active == "linear" else config.window,
             "window_size": config.window_size,
             "feature_map": config.feature_map,
             "b_q": self.b_q,
-            "b_k": b_k,
+            "b_k": self.b_k,
             "decay": None if self.decay is None else self.decay.sigmoid(),
             "scale": scores.scale,
             "softcap": scores.softcap,
         }
-        return (w_q, w_k, gamma), options
+        return (self.w_q, self.w_k, gamma), options

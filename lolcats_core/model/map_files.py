@@ -26,7 +26,7 @@ NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_sinks")
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
     """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    write_feature_maps(named_map_parameters(student), LinearizeConfig(**student.config.linearize), path)
+    write_feature_maps(named_map_parameters(student), LinearizeConfig.from_dict(student.config.linearize), path)
 
 
 def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:
@@ -110,7 +110,7 @@ def check_settings(
         UserError: naming the first setting that differs and both values.
     """
     try:
-        made, wanted = LinearizeConfig(**saved).to_dict(), LinearizeConfig(**model).to_dict()
+        made, wanted = LinearizeConfig.from_dict(saved).to_dict(), LinearizeConfig.from_dict(model).to_dict()
     except TypeError as error:
         raise UserError(f"{source}: made by another version of this package ({error})") from None
     for key, value in wanted.items():

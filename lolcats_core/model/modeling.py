@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.attention import ATTENTION_NAME, Reach, hybrid_attention_forward, prepare_inputs
+from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
 from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
+from lolcats_core.model.forward_context import prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import fuse_rotary
+from lolcats_core.model.softmax_attention import SoftmaxWindow
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -38,11 +40,12 @@ class LinearizedMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
-        settings = LinearizeConfig(**config.linearize)
+        settings = LinearizeConfig.from_dict(config.linearize)
         head_dim = family_of(config).head_dim
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
-            layer.reach = Reach() if local else Reach(settings.softmax_window, settings.softmax_sinks)
+            window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
+            layer.softmax_window = SoftmaxWindow() if local else window
             fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))

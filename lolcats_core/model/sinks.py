@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The column of a sink that no token has taken yet: after every query.
+# Column of a slot that no token has taken yet: after every query, so that none sees it.
 ABSENT = torch.iinfo(torch.int64).max
 
 
@@ -20,7 +20,8 @@ class Sinks:
     """Keys and values of each row's first `s` real tokens, in order.
 
     Attributes:
-        k, v: [B, Hk, s, D]. `column`: [B, s] int64, where each stands in its row, padding counted; `ABSENT` if nowhere.
+        k, v: [B, Hk, s, D].
+        column: [B, s] int64, each sink's column in its row, padding counted; `ABSENT` before there is one.
     """
 
     k: Tensor
@@ -32,31 +33,36 @@ class Sinks:
         return Sinks(function(self.k), function(self.v), function(self.column))
 
 
-def gather_sinks(older: Sinks | None, k: Tensor, v: Tensor, count: int, seen: int, real: Tensor | None) -> Sinks:
-    """The sinks after new tokens, differentiable in `k`, `v` and the older ones.
+def gather_sinks(
+    cached: Sinks | None, k: Tensor, v: Tensor, count: int, past_length: int, padding_mask: Tensor | None
+) -> Sinks:
+    """The sinks after new tokens, differentiable in `k`, `v` and the cached ones.
 
     Args:
-        older: those before, or None. `k`, `v`: [B, Hk, T, D], the new tokens.
-        seen: columns before the new ones. `real`: [B, seen + T], False at padding, or None when nothing is padded.
+        cached: the sinks before the new tokens, or None. `k`, `v`: [B, Hk, T, D], the new tokens.
+        past_length: columns before the new ones.
+        padding_mask: [B, past_length + T], False at padding, or None when nothing is padded.
     """
     batch, heads, tokens, _ = k.shape
-    if older is None:
+    if cached is None:
         column = torch.full((batch, count), ABSENT, device=k.device)
         empty = [x.new_zeros(batch, heads, count, x.shape[-1]) for x in (k, v)]
-        older = Sinks(empty[0], empty[1], column)
-    if real is None:
-        tokens = min(tokens, max(0, count - seen))
+        cached = Sinks(empty[0], empty[1], column)
+    if padding_mask is None:
+        tokens = min(tokens, max(0, count - past_length))
         if tokens == 0:
-            return older
+            return cached
         k, v = k[:, :, :tokens], v[:, :, :tokens]
-    columns = torch.arange(seen, seen + tokens, device=k.device).expand(batch, -1)
-    slot = columns if real is None else (real.cumsum(1) - 1)[:, seen:].masked_fill(~real[:, seen:], count)
-    # Tokens that are no sinks go to a slot more, which is cut off.
+    columns = torch.arange(past_length, past_length + tokens, device=k.device).expand(batch, -1)
+    slot = columns
+    if padding_mask is not None:
+        slot = (padding_mask.cumsum(1) - 1).masked_fill(~padding_mask, count)[:, past_length:]
+    # Tokens that are no sinks go to one slot more, which is cut off.
     slot = slot.clamp(max=count)
 
     def put(old: Tensor, new: Tensor) -> Tensor:
         index = slot[:, None, :, None].expand_as(new)
         return torch.cat([old, torch.zeros_like(old[:, :, :1])], 2).scatter(2, index, new)[:, :, :count]
 
-    column = torch.cat([older.column, older.column[:, :1]], 1).scatter(1, slot, columns)[:, :count]
-    return Sinks(put(older.k, k), put(older.v, v), column)
+    column = torch.cat([cached.column, cached.column[:, :1]], 1).scatter(1, slot, columns)[:, :count]
+    return Sinks(put(cached.k, k), put(cached.v, v), column)

@@ -1,6 +1,7 @@
-"""From sources to training rows: byte-level BPE, token arrays, and copy rows that teach long-range recall."""
+"""From sources to training rows: byte-level BPE, token arrays, and copy rows that teach long-range recall.
 
 # B rows, T tokens, N tokens of the corpus, V vocabulary
+"""
 
 from __future__ import annotations
 

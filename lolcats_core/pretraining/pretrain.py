@@ -3,9 +3,9 @@
 `lolcats teacher` and `python -m lolcats_core.pretraining.pretrain` run this on a CPU or a GPU alike. Corpus, tokenizer
 and tokens are made once in the scratch directory; training continues from its last checkpoint. The standard library is
 never trained on; the record that comes with the model measures it there.
-"""
 
 # B rows, T tokens, V vocabulary
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.model.attention import HybridContext, document_numbers
+from lolcats_core.model.forward_context import HybridContext
 from lolcats_core.model.map_files import read_feature_maps
 from lolcats_core.model.modeling import LinearizedMixin, empty_student
 from lolcats_core.streaming.weights import Prefetcher, WeightFiles, drop, names_in, put, without_weights
@@ -157,8 +157,7 @@ class LayerwiseModel:
         positions = batch.get("position_ids")
         own: dict[str, Any] = {}
         if isinstance(self.model, LinearizedMixin):
-            document = None if positions is None else document_numbers(positions)
-            own["hybrid"] = HybridContext(observer=observer, document=document)
+            own["hybrid"] = HybridContext.observed(observer, positions)
         call = self.calls.get((index, hidden.shape)) if positions is None else None
         if call is None:
             _, call = self._until(index, batch, inputs_embeds=hidden, **own)

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
-from lolcats_core.model.attention import HybridContext, TransferObserver, document_numbers, student_attention
+from lolcats_core.model.attention import student_attention
 from lolcats_core.model.branches import window_dropout
-from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.model.forward_context import HybridContext, LayerCall, LayerObserver, document_numbers
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
 from lolcats_core.training.calibration import calibrate_layer, calibration_rows
 from lolcats_core.training.loop import Rows, TrainResult, batches_of, train
@@ -51,23 +51,11 @@ class LossObserver:
         self.total: Tensor | None = None
         self.by_layer: dict[str, Tensor] = {}
 
-    def __call__(
-        self,
-        index: int,
-        maps: FeatureMaps,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y_true: Tensor,
-        scores: Scores,
-        context: HybridContext,
-    ) -> None:
+    def __call__(self, call: LayerCall) -> None:
         with torch.set_grad_enabled(self.scale is not None):
-            operands, options = maps.operands(scores)
-            edges = context.cu_seqlens
-            if edges is not None:
-                q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
-            mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=edges)
+            operands, options = call.maps.operands(call.scores)
+            q, k, v, y_true = call.as_packed()
+            mse = attention_transfer_loss(q, k, v, y_true, *operands, **options, cu_seqlens=call.context.cu_seqlens)
             loss = self.params.mse_weight * mse
             if self.params.loss_normalization == "layer":
                 loss = loss / y_true.to(mse.dtype).square().mean().clamp(min=torch.finfo(mse.dtype).tiny)
@@ -76,7 +64,7 @@ class LossObserver:
             loss = loss / self.layers
             if self.scale is not None:
                 (loss * self.scale).backward()
-        self.by_layer[layer_name(index)] = mse.detach()
+        self.by_layer[layer_name(call.index)] = mse.detach()
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
 
     def scalars(self) -> dict[str, Tensor]:
@@ -120,16 +108,15 @@ def transfer_losses(
         scale: factor on the loss whose gradients are added to the maps' ``.grad``; None computes no gradient.
     """
     observer = LossObserver(len(feature_maps(student)), params, scale)
-    show_layers(student, batch, observer)
+    run_with_observer(student, batch, observer)
     return observer.scalars()
 
 
 @torch.no_grad()
-def show_layers(student: PreTrainedModel, batch: dict[str, Tensor], observer: TransferObserver) -> None:
+def run_with_observer(student: PreTrainedModel, batch: dict[str, Tensor], observer: LayerObserver) -> None:
     """Pass a batch through the decoder with the teacher's outputs, each linearized layer shown to `observer`."""
     positions = batch.get("position_ids")
-    document = None if positions is None else document_numbers(positions)
-    context = HybridContext(observer=observer, document=document)
+    context = HybridContext.observed(observer, positions)
     decoder = cast(Any, student).base_model
     decoder(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, hybrid=context)
 
@@ -174,21 +161,11 @@ class HeadErrors:
         self.values: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(
-        self,
-        index: int,
-        maps: FeatureMaps,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        y_true: Tensor,
-        scores: Scores,
-        context: HybridContext,
-    ) -> None:
-        y = student_attention(maps, q, k, v, scores, context)
+    def __call__(self, call: LayerCall) -> None:
+        y = student_attention(call.maps, call.q, call.k, call.v, call.scores, call.context)
         wide = torch.promote_types(y.dtype, torch.float32)
-        both = torch.stack([y.to(wide) - y_true.to(wide), y_true.to(wide)])
-        self.values[layer_name(index)] = both.square().mean((1, 2, 4))
+        both = torch.stack([y.to(wide) - call.y_true.to(wide), call.y_true.to(wide)])
+        self.values[layer_name(call.index)] = both.square().mean((1, 2, 4))
 
 
 # By layer: "error" (mean squared error) and "power" (mean square of the softmax output) of each linearized query head.
@@ -211,7 +188,7 @@ def head_errors(student: PreTrainedModel, rows: Rows, count: int, batch_size: in
 
     def measure(indices: np.ndarray) -> dict[str, Tensor]:
         observer = HeadErrors()
-        show_layers(student, {name: value.to(device) for name, value in rows.batch(indices).items()}, observer)
+        run_with_observer(student, {name: value.to(device) for name, value in rows.batch(indices).items()}, observer)
         return observer.values
 
     return errors_of(mean_values(measure, min(count, len(rows)), batch_size))
@@ -221,7 +198,7 @@ def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed
     """Set every layer's maps and factors in one pass of a few training rows (`calibration`)."""
     batch = rows.batch(calibration_rows(len(rows), params, seed))
     on_device = {name: value.to(student.device) for name, value in batch.items()}
-    show_layers(student, on_device, functools.partial(calibrate_layer, seed=seed))
+    run_with_observer(student, on_device, functools.partial(calibrate_layer, seed=seed))
 
 
 def holds_documents(rows: Rows, at_once: int = 1024) -> bool:

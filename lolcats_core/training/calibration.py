@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lolcats_common.params import TransferParams
-from lolcats_core.model.attention import HybridContext
-from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.model.forward_context import LayerCall
 from lolcats_core.training.loop import step_batches
 from lolcats_kernels.hybrid_attention import hybrid_attention
 
@@ -49,40 +48,21 @@ def key_clusters(keys: Tensor, count: int, generator: torch.Generator) -> Tensor
 
 
 @torch.no_grad()
-def calibrate_layer(
-    index: int,
-    maps: FeatureMaps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y_true: Tensor,
-    scores: Scores,
-    context: HybridContext,
-    *,
-    seed: int,
-) -> None:
-    """Set one layer's maps and window factors; a `TransferObserver` but for the seed.
-
-    Args:
-        q, y_true: [B, T, H, D]; `k`, `v`: [B, T, Hk, D]; of the linearized heads.
-    """
-    generator = torch.Generator().manual_seed(seed + index)
-    edges = context.cu_seqlens
-    if edges is not None:
-        q, k, v, y_true = (x.flatten(0, 1)[None] for x in (q, k, v, y_true))
+def calibrate_layer(call: LayerCall, *, seed: int) -> None:
+    """Set one layer's maps and window factors; with its seed bound, a `LayerObserver`."""
+    generator = torch.Generator().manual_seed(seed + call.index)
+    maps, scores = call.maps, call.scores
+    q, k, v, y_true = call.as_packed()
     wide = k.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
-    key_maps = maps.w_q if maps.w_k is None else maps.w_k
-    served = len(key_maps) // k.shape[2]  # maps of each kv head
-    found = [key_clusters(wide[:, head // served], key_maps.shape[2], generator) for head in range(len(key_maps))]
+    served = len(maps.w_k) // k.shape[2]  # maps of each kv head
+    found = [key_clusters(wide[:, head // served], maps.w_k.shape[2], generator) for head in range(len(maps.w_k))]
     w = torch.stack(found).mT * scores.scale
-    if maps.settings.feature_map_skip:
-        w = w - torch.eye(maps.head_dim, dtype=w.dtype, device=w.device)
-    key_maps.copy_(w)
+    maps.w_k.copy_(w)
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
         operands, options = maps.operands(scores)
-        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=edges))
+        y = cast(Tensor, hybrid_attention(q, k, v, *operands, **options, cu_seqlens=call.context.cu_seqlens))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 
     def choose(factor: Tensor, values: tuple[float, ...]) -> None:

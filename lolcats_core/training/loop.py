@@ -1,7 +1,7 @@
 """The training loop that both stages and the teacher's pretraining share.
 
-Order of the rows, optimiser, learning-rate schedule, clipping, accumulation, validation, best weights, early stopping
-and step checkpoints live here. A run that was killed continues from its last checkpoint and ends in the same weights
+Order of the rows, optimiser, learning-rate schedule, clipping, accumulation, validation, best weights and
+step checkpoints live here. A run that was killed continues from its last checkpoint and ends in the same weights
 as an undisturbed one: bitwise on a CPU with the same number of threads. Of several processes (`parallel`) each takes
 its part of every micro-batch, so the order of the rows does not depend on their number, and neither does a checkpoint.
 """
@@ -124,7 +124,6 @@ class _Run:
         self.trainable, self.optimizer = trainable, optimizer
         self.plateau, self.result = _Plateau(params), TrainResult()
         self.best: dict[str, Tensor] = {}
-        self.bad_evaluations = 0
         self.window: list[dict[str, Tensor]] = []  # scalars of each micro-batch since the last logged step
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -150,7 +149,6 @@ class _Run:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "plateau": {"factor": self.plateau.factor, "best": self.plateau.best, "bad": self.plateau.bad},
-            "bad_evaluations": self.bad_evaluations,
             "window": [{name: value.cpu() for name, value in entry.items()} for entry in self.window],
             "result": vars(self.result),
             "rng": torch.get_rng_state(),
@@ -172,7 +170,6 @@ class _Run:
         self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
         vars(self.plateau).update(state["plateau"])
-        self.bad_evaluations = state["bad_evaluations"]
         device = next(iter(self.trainable.values())).device
         own = float(distributed.is_main())
         self.window = [{name: value.to(device) * own for name, value in entry.items()} for entry in state["window"]]
@@ -236,7 +233,7 @@ def train(
     window_start = (run.result.tokens, run.result.seconds)
 
     with progress(steps, label, initial=run.result.steps) as shown:
-        while run.result.steps < steps and not _stop_early(run, params):
+        while run.result.steps < steps:
             scale = learning_rate_scale(params, run.result.steps, steps)
             for group, base in zip(run.optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = run.plateau.lr(base * scale)
@@ -279,10 +276,6 @@ def train(
     return run.result
 
 
-def _stop_early(run: _Run, params: TrainingParams) -> bool:
-    return params.early_stopping is not None and run.bad_evaluations >= params.early_stopping
-
-
 def _mean(window: list[dict[str, Tensor]], steps: int, label: str, step: int) -> dict[str, float]:
     """Average of the logged scalars over the optimiser steps of the window, read from the device once."""
     steps = min(steps, (step - 1) % steps + 1)
@@ -303,6 +296,4 @@ def _validate(
     run.plateau.step(values["loss"])
     if values["loss"] < run.result.best_loss:
         run.result.best_loss, run.result.best_step = values["loss"], run.result.steps
-        run.best, run.bad_evaluations = run.snapshot(), 0
-    else:
-        run.bad_evaluations += 1
+        run.best = run.snapshot()

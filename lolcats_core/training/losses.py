@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lolcats_core.model.attention import HybridContext, document_numbers, look_away
 from lolcats_core.model.families import family_of
 from lolcats_core.model.forward import MAX_FLOAT_LOGITS
+from lolcats_core.model.forward_context import HybridContext, ignore_layer
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def teacher_hidden(model: nn.Module, batch: dict[str, Tensor], *, layers: bool =
         layers: the outputs of the layers before as well.
     """
     positions = batch.get("position_ids")
-    document = None if positions is None else document_numbers(positions)
-    context = HybridContext(observer=look_away, document=document)
+    context = HybridContext.observed(ignore_layer, positions)
     with without_adapters(model):
         decoder = plain_model(model).base_model
         out = decoder(

@@ -1,6 +1,7 @@
-"""Perplexity over token rows, of a model and of a bigram baseline."""
+"""Perplexity over token rows, of a model and of a bigram baseline.
 
 # B batch, T tokens, V vocabulary
+"""
 
 from __future__ import annotations
 
@@ -76,11 +77,11 @@ def perplexity(
 
     The model runs as it is: in its own dtype, or under the caller's `torch.autocast`. Memory is bounded by the logits
     of one row or `lolcats_core.model.forward.MAX_LOGITS`, whichever is more, so `batch_size` is a maximum.
+    Several processes divide the batches between them, and each returns the result of all.
 
     Args:
         device: where the batches go; by default where the model is.
         name: what errors call the model.
-        (Of several processes each takes some of the batches; the result is that of all.)
         on_rows: called with the number of rows after each forward pass.
 
     Raises:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lolcats_common.errors import UserError
-from lolcats_core.model.attention import HybridContext, document_numbers
 from lolcats_core.model.decoding.cache import HybridCache
+from lolcats_core.model.forward_context import HybridContext, document_numbers
 from lolcats_core.training.losses import plain_model, summed_loss
 from lolcats_core.training.perplexity import next_token_targets
 
@@ -49,7 +49,7 @@ def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scal
         UserError: packed documents, which have no single state.
     """
     places = batch.get("position_ids")
-    if places is not None and document_numbers(places) is not None:
+    if document_numbers(places) is not None:
         raise UserError("`finetune.segment_length` must be null with `data.packing: documents`, got " + str(length))
     student = plain_model(model)
     ids = batch["input_ids"]
@@ -61,7 +61,7 @@ def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scal
         predicts = slice(start, min(stop, targets.shape[1]))
         with torch.set_grad_enabled(scale is not None):
             positions = torch.arange(start, stop, device=ids.device)[None] if places is None else places[:, start:stop]
-            context = HybridContext(cache=cache, seen=start)
+            context = HybridContext(cache=cache, past_length=start)
             out = student.base_model(
                 input_ids=ids[:, start:stop],
                 position_ids=positions,

@@ -22,9 +22,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_common.params import SelectParams
+from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.map_files import restrict_maps
-from lolcats_core.model.modeling import kv_heads, linearize, named_map_parameters
-from lolcats_core.training.attention_transfer import Errors
+from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
+from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden
 from lolcats_core.training.perplexity import next_token_targets
@@ -135,6 +136,45 @@ def kept_groups(settings: LinearizeConfig, config: PreTrainedConfig) -> frozense
 
 
 def select(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    rows: Rows,
+    params: SelectParams,
+    *,
+    errors: Errors | None = None,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, Selection]:
+    """Give softmax attention back to the layers or kv groups that the budget and the criterion choose.
+
+    Args:
+        teacher: the model that `student` was linearized from.
+        student: a linearized model after `attention_transfer`; it is not changed.
+        rows: validation rows, of which the first `params.rows` are measured.
+        errors: transfer errors that are known already (`head_errors`).
+
+    Returns:
+        The student that stage 2 takes, which shares the teacher's weights and has its own copies of the maps, and the
+        choice.
+
+    Raises:
+        UserError: the budget does not fit the model.
+    """
+    settings = LinearizeConfig.from_dict(student.config.linearize)
+    if errors is None:
+        errors = head_errors(student, rows, params.rows, params.rows) if feature_maps(student) else {}
+    divergence = None
+    if params.softmax_budget is not None and params.criterion in NEEDS_MODEL:
+        batch_size = rows_per_forward(params.rows, rows.sequence_length, teacher.config.vocab_size)
+        divergence = student_divergence(teacher, student, rows, params.rows, batch_size)
+    selection = choose_softmax(params, settings, teacher.config, errors, seed=seed, divergence=divergence)
+    selected = linearize(teacher, selection.settings, seed=seed)
+    with torch.no_grad():
+        for name, value in restrict_maps(named_map_parameters(student), student, selected).items():
+            selected.get_parameter(name).copy_(value)
+    return selected, selection
+
+
+def choose_softmax(
     params: SelectParams,
     settings: LinearizeConfig,
     config: PreTrainedConfig,
@@ -246,7 +286,7 @@ def student_divergence(
     Args:
         student: of `linearize(teacher, …)` after attention transfer, with every kv group linearized.
     """
-    settings, device = LinearizeConfig(**student.config.linearize), student.device
+    settings, device = LinearizeConfig.from_dict(student.config.linearize), student.device
     maps = {name: p.detach() for name, p in named_map_parameters(student).items()}
     batches: list[tuple[dict[str, Tensor], Tensor]] = []
     for start in range(0, min(count, len(rows)), batch_size):

@@ -28,8 +28,8 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
-from lolcats_core.model.attention import look_away
 from lolcats_core.model.branches import window_dropout
+from lolcats_core.model.forward_context import LayerCall, LayerObserver, ignore_layer
 from lolcats_core.model.modeling import feature_maps
 from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
 from lolcats_core.streaming.layerwise import LayerwiseModel, StopForward
@@ -141,9 +141,9 @@ class StreamedTransfer:
             maps._parameters[name] = nn.Parameter(value.to(student.device, wide))
         rows = HiddenRows(self.calibration, self.buffer, index)
 
-        def show(batch: dict[str, Tensor], observer: Callable[..., None]) -> None:
-            def observe(*arguments: Any) -> None:
-                observer(*arguments)
+        def show(batch: dict[str, Tensor], observer: LayerObserver) -> None:
+            def observe(call: LayerCall) -> None:
+                observer(call)
                 raise StopForward
 
             student.forward_layer(index, batch["hidden"], batch, observe)
@@ -197,7 +197,7 @@ class StreamedTransfer:
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""
-        self._advance(index + 1, lambda batch: self.student.forward_layer(index, batch["hidden"], batch, look_away))
+        self._advance(index + 1, lambda batch: self.student.forward_layer(index, batch["hidden"], batch, ignore_layer))
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
         buffer, device = self.buffer, self.student.device

@@ -88,7 +88,7 @@ class Measurements:
     def state(self) -> dict[str, int]:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
         config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
-        return state_facts(config, LinearizeConfig(**config.linearize), self.models.dtype)
+        return state_facts(config, LinearizeConfig.from_dict(config.linearize), self.models.dtype)
 
     def bigram(self) -> dict[str, Any]:
         """The baseline, counted on the training rows."""

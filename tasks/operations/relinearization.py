@@ -15,7 +15,6 @@ from lolcats_common.errors import Unavailable
 from lolcats_common.files import sha256_json
 from lolcats_common.params import Params, read_yaml
 from lolcats_core.data import sources
-from lolcats_core.teacher.pin import describe as describe_teacher
 from tasks.registry import promotion, register
 from tasks.runner.mlflow_run import connect, first_line
 from tasks.versioning import dvc_graph, lock_commits, worktrees
@@ -47,6 +46,8 @@ def newest_revisions(params: Params, root: Path) -> dict[str, str]:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
+
+    from lolcats_core.teacher.pin import describe as describe_teacher  # loads transformers
 
     found: dict[str, str] = {}
     try:

@@ -35,7 +35,9 @@ POOL = "lolcats"
 SERVICES = ("mlflow", "prefect", "worker")
 AUTH = "LOLCATS_AUTH"
 MIN_PASSWORD = 12  # what MLflow asks for
-START_SECONDS, STOP_SECONDS = 180.0, 20.0
+BROKER = "flows.prefect_sqlite"  # by name: importing it here would load Prefect
+START_SECONDS = 600.0  # the first start makes the databases: minutes on a busy machine
+STOP_SECONDS = 20.0
 
 
 def main() -> int:
@@ -279,7 +281,8 @@ def _server(root: Path, name: str, variables: Mapping[str, str]) -> tuple[list[s
     url = {"mlflow": variables["MLFLOW_TRACKING_URI"], "prefect": variables["PREFECT_API_URL"].removesuffix("/api")}
     listen = ["--host", HOST, "--port", url[name].rpartition(":")[2]]
     if name == "prefect":
-        return [sys.executable, "-m", "prefect", "server", "start", *listen], _prefect_environment(variables)
+        environment = {"PREFECT_SERVER_EVENTS_MESSAGING_BROKER": BROKER, **_prefect_environment(variables)}
+        return [sys.executable, "-m", "prefect", "server", "start", *listen], environment
     command = [sys.executable, "-m", "mlflow", "server", *listen, "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
     command += ["--artifacts-destination", str(root / "mlartifacts")]

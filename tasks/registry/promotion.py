@@ -7,7 +7,6 @@ registered model says first where both are going, and whoever comes next complet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -20,12 +19,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
+
 from lolcats_common.errors import Unavailable, UserError
-from lolcats_common.locks import locked
 from lolcats_common.params import GatesParams
 from tasks.registry import register
 from tasks.registry.gates import PROBED, GateReport, judge
-from tasks.runner.mlflow_run import connect, first_line
+from tasks.runner.mlflow_run import connect, first_line, is_missing
 
 logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,37 +65,38 @@ def _speaks_of_the_store(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-def _alone(root: Path) -> contextlib.AbstractContextManager[bool]:
-    """One process of this machine at a time moves aliases."""
-    return locked(root / ".dvc" / "tmp" / "lolcats-aliases.lock")
+def _alias_lock(root: Path) -> FileLock:
+    """A lock under which one process of this machine at a time moves aliases."""
+    folder = root / ".dvc" / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "lolcats-aliases.lock")
 
 
 def alias_version(client: Any, name: str, alias: str) -> Any:
     """The version that an alias names; None where the alias or the model does not exist."""
+    return _found(client.get_model_version_by_alias, name, alias)
+
+
+def _found(ask: Callable[..., Any], *what: str) -> Any:
+    """What MLflow answers; None where it says that there is no such thing, `Unavailable` where it does not answer."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, alias)
+        return ask(*what)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if is_missing(error):
             return None
-        raise
+        raise Unavailable(f"MLflow failed: {first_line(error)}") from error
 
 
 def find_version(client: Any, name: str, which: str) -> Any:
     """A version by number or alias.
 
     Raises:
+        Unavailable: the store does not answer.
         UserError: there is none.
     """
-    from mlflow.exceptions import MlflowException
-
-    found = None
-    if which.isdigit():
-        with contextlib.suppress(MlflowException):
-            found = client.get_model_version(name, which)
-    else:
-        found = alias_version(client, name, which)
+    found = _found(client.get_model_version if which.isdigit() else client.get_model_version_by_alias, name, which)
     if found is None:
         raise UserError(f"{name} has no version or alias {which!r}; `lolcats status` lists them")
     return found
@@ -156,7 +157,7 @@ def examine(root: Path, name: str, gates: GatesParams, which: str) -> GateReport
     client.set_model_version_tag(name, number, REASONS_TAG, "; ".join(report.reasons)[:5000] or "none")
     client.set_model_version_tag(name, number, GATES_TAG, "passed" if report.passed else "refused")
     if report.passed:
-        with _alone(root):
+        with _alias_lock(root):
             serving = alias_version(client, name, CHAMPION)
             if serving is None or str(serving.version) != number:
                 client.set_registered_model_alias(name, CHALLENGER, number)
@@ -172,7 +173,7 @@ def promote(root: Path, name: str, which: str = CHALLENGER) -> str:
         UserError: there is no such version, it did not pass its gates, or its files are not those registered.
     """
     client = connect(root)
-    with _alone(root):
+    with _alias_lock(root):
         _complete_move(client, name)
         version = _whole(find_version(client, name, which))
         number = str(version.version)
@@ -203,7 +204,7 @@ def rollback(root: Path, name: str) -> tuple[str, str]:
         UserError: there is no previous champion, or its files are not those that were registered.
     """
     client = connect(root)
-    with _alone(root):
+    with _alias_lock(root):
         _complete_move(client, name)
         champion, previous = alias_version(client, name, CHAMPION), alias_version(client, name, PREVIOUS)
         if champion is None or previous is None:

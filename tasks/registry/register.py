@@ -25,7 +25,7 @@ from lolcats_common.files import sha256_tree
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params, read_yaml
 from tasks.runner.git import git_state
-from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line
+from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line, is_missing
 from tasks.versioning import dvc_graph, lock_commits
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ def stored_model(client: Any, version: Any) -> Iterator[Path]:
     """The directory of a version's MLflow model; of a store on another machine, a copy that ends with the block.
 
     Raises:
+        Unavailable: the store does not answer.
         UserError: the store has no such model.
     """
     import mlflow.artifacts
@@ -180,7 +181,8 @@ def stored_model(client: Any, version: Any) -> Iterator[Path]:
             else:
                 path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=temporary))
         except Exception as error:
-            raise UserError(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
+            kind = UserError if is_missing(error) else Unavailable
+            raise kind(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
         if not (path / "MLmodel").is_file():
             raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
         yield path
@@ -198,8 +200,15 @@ def check_bytes(version: Any, stored: Path) -> None:
 
 
 def find_model(client: Any, name: str, md5: str) -> Any:
-    """The newest whole version of this model, whichever commit it was made at; None where there is none."""
-    return _find(client, name, {"model.md5": md5, COMPLETE: "complete"})
+    """The newest whole version of this model, whichever commit it was made at; None where there is none.
+
+    Raises:
+        Unavailable: the store does not answer.
+    """
+    try:
+        return _find(client, name, {"model.md5": md5, COMPLETE: "complete"})
+    except Exception as error:
+        raise Unavailable(f"the versions of {name} cannot be read: {first_line(error)}") from error
 
 
 def current_md5(root: Path) -> str:

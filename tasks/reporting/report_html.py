@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from tasks.reporting.evaluation_figures import MODELS
+from tasks.reporting.figures import MODELS
 
 STYLE = """
 :root { color-scheme: light; }

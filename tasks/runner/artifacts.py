@@ -30,7 +30,7 @@ def selected(stage: Stage) -> tuple[LinearizeConfig, Path]:
     folder = stage.input("select")
     path = folder / "selection.json"
     try:
-        settings = LinearizeConfig(**json.loads(path.read_text(encoding="utf-8"))["linearize"])
+        settings = LinearizeConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["linearize"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro select`") from None
     return settings, folder / MAPS

@@ -83,6 +83,17 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_missing(error: BaseException) -> bool:
+    """Whether an error says that something is not there; any other may be over at the next call."""
+    answer = getattr(error, "response", None)
+    code = getattr(error, "error_code", None)
+    return (
+        code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
+        or isinstance(error, FileNotFoundError)
+        or getattr(answer, "status_code", None) == 404
+    )
+
+
 def experiment_id(client: Any, root: Path) -> str:
     """The id of the project's experiment, made on first use."""
     found = client.get_experiment_by_name(EXPERIMENT)

@@ -82,4 +82,4 @@ def test_neither_needs_what_a_gpu_machine_may_lack() -> None:
         "import benchmarks.teacher, benchmarks.ablation\n"
         "import lolcats_core.training.low_rank_finetune, lolcats_core.model.modeling"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lolcats_common.params import (
+    PRESETS,
     Params,
     ParamsError,
     apply_overrides,
@@ -45,7 +46,30 @@ def test_presets_are_valid_overrides_with_the_published_recipe(name: str) -> Non
     assert params.register.name != Params().register.name
 
 
-def test_every_preset_the_issue_names_exists() -> None:
+def test_a_preset_states_only_what_differs_from_the_published_recipe() -> None:
+    recipe = read_yaml(PRESETS / "published.yaml")
+    for name, path in presets().items():
+        stated = read_yaml(path)
+        assert stated.pop("extends") == "published"
+        assert set(stated) >= {"teacher", "register"}, name
+        for section, values in stated.items():
+            same = {key for key, value in values.items() if recipe.get(section, {}).get(key, ...) == value}
+            assert same == set(), f"{name}: {section} repeats the recipe"
+        assert read_preset(name) == apply_overrides(recipe, stated)
+
+
+def test_the_largest_models_take_more_steps_and_smaller_updates() -> None:
+    def resolved(name: str) -> Params:
+        return params_from_dict(apply_overrides(SHIPPED, read_preset(name)), name)
+
+    small, large, largest = (resolved(f"llama3_1_{size}") for size in ("8b", "70b", "405b"))
+    assert [each.transfer.max_steps for each in (small, large, largest)] == [None, 2500, 2500]
+    assert [each.compute.gradient_checkpointing for each in (small, large, largest)] == [False, True, True]
+    assert [each.finetune.lora_rank for each in (small, large, largest)] == [8, 8, 4]
+    assert [each.teacher.revision is None for each in (small, large, largest)] == [False, False, True]
+
+
+def test_presets_for_llama3_and_mistral_ship() -> None:
     assert set(presets()) == {"llama3_8b", "llama3_1_8b", "llama3_1_70b", "llama3_1_405b", "mistral_7b"}
 
 

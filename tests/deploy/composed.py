@@ -76,6 +76,10 @@ class Composition:
                 )
             )
 
+    def gone(self) -> str:
+        """What every service said, where one of them ended by itself."""
+        return self.log() if any(process.poll() is not None for process in self.running) else ""
+
     def log(self) -> str:
         """The last lines of every service, for messages of failing tests."""
         return "\n".join(f"{path.name}: {path.read_text()[-4000:]}" for path in self.folder.glob("*.log"))
@@ -95,10 +99,10 @@ def composition(project: Path) -> Iterator[Composition]:
                 (composed.folder / "store").mkdir()
                 composed.start("store", more=_weed_ports(composed.ports["store"]))
                 composed.start("prefect")
-                wait_for(lambda: _listens(composed.ports["store"]), 60, "the store")
+                wait_for(lambda: _listens(composed.ports["store"]), "the store", composed.gone)
                 composed.start("mlflow")
                 for name in ("mlflow", "prefect"):
-                    wait_for(lambda name=name: _listens(composed.ports[name]), 180, name)
+                    wait_for(lambda name=name: _listens(composed.ports[name]), name, composed.gone)
                 composed.start("worker")
                 yield composed
             finally:
@@ -109,7 +113,7 @@ def composition(project: Path) -> Iterator[Composition]:
 def _listens(port: int) -> bool:
     import socket
 
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=10):
         return True
     return False
 
@@ -145,7 +149,7 @@ def _postgres(composed: Composition) -> Iterator[None]:
                 [*command, "-c", "fsync=off"], cwd=home, stdout=log, stderr=log, start_new_session=True, **other
             )
         try:
-            wait_for(lambda: _listens(port), 60, "Postgres")
+            wait_for(lambda: _listens(port), "Postgres", lambda: composed.log() if server.poll() is not None else "")
             with contextlib.closing(connection(composed, "postgres")) as database:
                 database.autocommit = True
                 for line in (ROOT / "deploy" / "postgres-databases.sql").read_text().splitlines():

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 
 from lolcats_common.files import sha256_tree
 from tasks.versioning import dvc_graph
-from tests.conftest import ROOT, run_git
+from tests.conftest import run_git
 from tests.deploy.composed import SECRETS, Composition, composition, connection
-from tests.flows.operations import Servers, operate
+from tests.flows.operations import Servers, deployable, operate
 from tests.tasks.processes import processes_in, wait_for
 
 NAME = "lolcats-demo"
@@ -40,14 +40,14 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
     fake_project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operate(fake_project)
-    (fake_project / "flows").symlink_to(ROOT / "flows")
-    (fake_project / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+    deployable(fake_project)
     with composition(fake_project) as composed:
         # DVC keeps its bytes in the same store, in MLflow's bucket.
         dvc_graph.run_dvc(fake_project, "remote", "add", "--local", "--default", "store", "s3://mlflow/dvc")
         address = f"http://127.0.0.1:{composed.ports['store']}"
         dvc_graph.run_dvc(fake_project, "remote", "modify", "--local", "store", "endpointurl", address)
         servers = Servers(fake_project, composed.environment("worker"))
+        servers.gone = composed.gone  # type: ignore[method-assign]
         servers.variables = {name: servers.environment[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
 
         def deployed() -> bool:
@@ -56,7 +56,7 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
             except urllib.error.HTTPError:
                 return False
 
-        wait_for(deployed, 120, "the deployments")
+        servers.wait(deployed, "the deployments")
         state = servers.ended(servers.run("linearize/local"))
         assert state["name"] == "Completed", state["message"] + composed.log()
 
@@ -89,4 +89,4 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
         )
         assert urllib.request.urlopen(request).status == 200
     assert run_git(fake_project, "status", "--porcelain", "--untracked-files=no") == ""
-    assert list(processes_in(fake_project)) == []
+    wait_for(lambda: not list(processes_in(fake_project)), "the end of every process")

@@ -22,7 +22,7 @@ from tests.core.tiny import tiny_teacher, tiny_tokenizer
 from tests.tasks.processes import processes_in
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TINY: dict[str, Any] = {
     "teacher.source": "./tiny",
     "data": {"sequence_length": 512, "max_train_tokens": 512 * 60, "max_validation_tokens": 512 * 40},
@@ -181,8 +181,7 @@ def test_a_stage_killed_again_and_again_ends_bitwise_where_an_undisturbed_one_do
         checkpoints = list(root.glob(f".scratch/{stage}/*/checkpoint.pt"))
         before = checkpoints[0].stat().st_mtime_ns if checkpoints else 0
         # Kill soon after the next checkpoint, at a random point between it and the one after.
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline and kills < 3:
+        while process.poll() is None and kills < 3:
             checkpoints = list(root.glob(f".scratch/{stage}/*/checkpoint.pt"))
             if checkpoints and checkpoints[0].stat().st_mtime_ns > before:
                 time.sleep(chance.random() * 0.1)
@@ -190,7 +189,7 @@ def test_a_stage_killed_again_and_again_ends_bitwise_where_an_undisturbed_one_do
                 kills += 1
                 break
             time.sleep(0.01)
-        process.wait(timeout=240)
+        process.wait()
     assert kills >= 2
     assert sha256_file(root / weights) == sha256_file(project / weights)
     assert not list(root.glob("outputs/.*.partial"))

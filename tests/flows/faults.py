@@ -33,12 +33,11 @@ from tasks.registry.promotion import CHAMPION, PREVIOUS, alias_version
 from tasks.runner.mlflow_run import connect
 from tests.conftest import forget_store, make_fake_project, run_git
 from tests.e2e.test_pipeline import make_project
-from tests.flows.operations import Servers, operate, serving
+from tests.flows.operations import OVER, Servers, operate, serving
 from tests.tasks.processes import processes_in, wait_for
 
 NIGHTLY = "relinearize/nightly"
 GOOD = {"Promoted", "UpToDate"}
-OVER = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 SIGNS = {"-m prefect.engine": "flow", "-m dvc": "dvc", "fake.py": "stage", "tasks.": "stage", "gate_probe": "gate"}
 RESUME_SECONDS = 20.0  # within which Prefect starts a crashed run again
 
@@ -254,7 +253,7 @@ class Campaign:
 
     def _ended(self, run: str) -> str:
         """Wait for the end of a run; the name of its state. After one that got through, everything is checked."""
-        state = self.servers.ended(run, 600)
+        state = self.servers.ended(run)
         self.last = str(state["name"])
         self.ends[self.last] += 1
         if self.last == "Failed":
@@ -288,7 +287,7 @@ def main() -> None:
                 (Path.cwd() / ".scratch").mkdir(exist_ok=True)
                 log = Path.cwd() / ".scratch" / f"faults-{options.seed}.log"
                 log.write_text(servers.log())
-        wait_for(lambda: not list(processes_in(project.root)), 90, "the end of every process")
+        wait_for(lambda: not list(processes_in(project.root)), "the end of every process")
         print(f"{(time.monotonic() - started) / 60:.1f} minutes; no process is left")
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,12 +63,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+# Processes in the project find the library without what its package imports: transformers, seconds of work each time.
+LIGHT = '"""The library\'s modules without those that its package imports."""\n\n__path__ = [{library!r}]\n'
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
 class Servers:
-    """`make serve` and `make stop` for a project, and the little of Prefect's API that a test needs."""
+    """`make serve` and `make stop` for a project, and the little of Prefect's API that a test needs.
+
+    Everything is waited for until it is there, or until `gone` says that it cannot come any more.
+    """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self.root, self.environment = root, environment
         self.variables: dict[str, str] = {}
+        self.absent: set[str] = set()  # servers that a test ended itself
+        self._deployments: dict[str, str] = {}
 
     def serve(self) -> None:
         """`make serve`: start what does not run."""
@@ -79,6 +90,7 @@ class Servers:
         """`make serve` again, which starts what is gone; in this process, which saves seconds of imports."""
         with mock.patch.dict(os.environ, self.environment):
             services.start(self.root)
+        self.absent = set()
 
     def stop(self) -> None:
         """`make stop`."""
@@ -96,65 +108,98 @@ class Servers:
             [sys.executable, "-m", *command], cwd=self.root, env=environment, capture_output=True, text=True
         )
 
-    def api(self, path: str, body: Any = None) -> Any:
-        """One call of Prefect's API."""
+    def gone(self) -> str:
+        """Which servers ended although nobody ended them, and the last that they said."""
+        gone = set(services.SERVICES) - set(services._running(self.root)) - self.absent
+        return "\n".join(f"{name} ended: {self.log(name)[-2000:]}" for name in sorted(gone))
+
+    def wait(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait for something that the servers bring about; asked for twice a second, for they have other work."""
+        wait_for(condition, what, self.gone, pause=0.5)
+
+    def api(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        """One call of Prefect's API, which must mean the same when it is made twice.
+
+        It is made again where the server is too busy for its database (503) or for an answer, or is just coming up.
+        """
         headers = {"Content-Type": "application/json"}
         if login := self.variables.get("PREFECT_API_AUTH_STRING"):
             headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.variables['PREFECT_API_URL']}{path}", data, headers)
-        for attempt in range(5):
+        request = urllib.request.Request(f"{self.variables['PREFECT_API_URL']}{path}", data, headers, method=method)
+        answers: list[Any] = []
+
+        def answered() -> bool:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.loads(answer.read() or "null")
+                    answers.append(json.loads(answer.read() or "null"))
             except urllib.error.HTTPError as error:
-                if error.code != 503 or attempt == 4:  # Prefect's way to say that its database is busy
+                if error.code != 503:
                     raise
-            time.sleep(1 + attempt)
+            except (OSError, http.client.HTTPException):
+                pass
+            return bool(answers)
+
+        self.wait(answered, f"an answer of Prefect's server to {path}")
+        return answers[0]
 
     def deployment(self, name: str) -> str:
         """The id of a deployment."""
-        return str(self.api(f"/deployments/name/{name}")["id"])
+        if name not in self._deployments:
+            self._deployments[name] = str(self.api(f"/deployments/name/{name}")["id"])
+        return self._deployments[name]
+
+    def schedule(self, name: str, schedule: dict[str, Any]) -> None:
+        """Give a deployment this schedule instead of those that it has."""
+        body = {"schedules": [{"active": True, "schedule": schedule}]}
+        self.api(f"/deployments/{self.deployment(name)}", body, "PATCH")
 
     def run(self, name: str, **parameters: Any) -> str:
         """Start a deployment; the id of its flow run."""
-        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters, "idempotency_key": str(uuid.uuid4())}
         return str(self.api(f"/deployments/{self.deployment(name)}/create_flow_run", body)["id"])
 
     def runs(self, name: str) -> list[dict[str, Any]]:
-        """The flow runs of a deployment, oldest first; those that only a cron schedule plans left out."""
+        """The flow runs of a deployment, oldest first; those that only a schedule plans left out."""
         chosen = {"deployments": {"id": {"any_": [self.deployment(name)]}}, "sort": "EXPECTED_START_TIME_ASC"}
         found = self.api("/flow_runs/filter", chosen)
         return [run for run in found if run["state_name"] != "Scheduled"]
 
-    def ended(self, run: str, seconds: float = 240) -> dict[str, Any]:
+    def ended(self, run: str) -> dict[str, Any]:
         """The state in which a flow run ended."""
         state: dict[str, Any] = {}
 
         def over() -> bool:
             nonlocal state
             state = self.api(f"/flow_runs/{run}")["state"]
-            return state["type"] in ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+            return state["type"] in OVER
 
-        wait_for(over, seconds, f"the end of flow run {run}")
+        self.wait(over, f"the end of flow run {run}")
         return state
 
-    def new_run(self, name: str, known: int, seconds: float = 90) -> str:
+    def new_run(self, name: str, known: int) -> str:
         """The flow run that comes after the first `known` ones."""
-        wait_for(lambda: len(self.runs(name)) > known, seconds, f"a new run of {name}")
+        self.wait(lambda: len(self.runs(name)) > known, f"a new run of {name}")
         return str(self.runs(name)[known]["id"])
 
-    def log(self) -> str:
-        """The worker's log, for messages of failing tests."""
-        return (self.root / ".prefect" / "worker.log").read_text()
+    def log(self, name: str = "worker") -> str:
+        """A server's log, for messages of failing tests."""
+        return (self.root / ".prefect" / f"{name}.log").read_text(errors="replace")
+
+
+def deployable(root: Path) -> None:
+    """Give a project this checkout's flows and deployments."""
+    (root / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
+    if not (root / "flows").exists():
+        (root / "flows").symlink_to(ROOT / "flows")
+    if not (root / "lolcats_core").exists():
+        (root / "lolcats_core.py").write_text(LIGHT.format(library=str(ROOT / "lolcats_core")))
 
 
 @contextlib.contextmanager
 def serving(root: Path, **more: str) -> Iterator[Servers]:
     """`make serve` for `root` on free ports, and `make stop` at the end."""
-    (root / "prefect.yaml").write_text((ROOT / "prefect.yaml").read_text())
-    if not (root / "flows").exists():
-        (root / "flows").symlink_to(ROOT / "flows")
+    deployable(root)
     environment = {**os.environ, **QUICK, "LOLCATS_ROOT": str(root), "PREFECT_HOME": str(root / ".prefect"), **more}
     environment |= {"LOLCATS_PREFECT_PORT": str(free_port()), "LOLCATS_MLFLOW_PORT": str(free_port())}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)

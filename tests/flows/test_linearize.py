@@ -18,8 +18,8 @@ import yaml
 from flows import delivery
 from flows.linearize import stage_tasks
 from tasks.runner.mlflow_run import close_abandoned, connect, experiment_id
-from tests.conftest import run_git
-from tests.tasks.processes import processes_in, start, wait_for, wait_for_text
+from tests.conftest import hold, run_git
+from tests.tasks.processes import LAST_RESORT, processes_in, start, wait_for, wait_for_text
 
 ROOT = Path(__file__).parents[2]
 SHORT_DVC = """stages:
@@ -142,13 +142,13 @@ def test_overrides_run_in_a_worktree_and_end_as_a_dvc_experiment(short_project: 
 def test_cancelling_leaves_no_process_and_no_open_run_and_then_continues(
     short_project: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    (short_project / "pause.txt").write_text("1")
+    hold(short_project, "teacher 2")
     log = tmp_path / "log"
     process = start(short_project, log, "-m", "tasks.cli.main", "run", "--no-register", group=True)
-    wait_for_text(log, "teacher step 2")
+    wait_for_text(log, "teacher step 2", process)
     os.killpg(process.pid, number)  # what Ctrl-C and `timeout` do
-    assert process.wait(60) == 128 + number
-    wait_for(lambda: not list(processes_in(short_project)), 20, "the end of every process")
+    assert process.wait(LAST_RESORT) == 128 + number
+    wait_for(lambda: not list(processes_in(short_project)), "the end of every process")
     assert {run.info.status for run in all_runs(short_project)} == {"KILLED"}
     assert "Traceback" not in log.read_text()
     assert "ERROR" not in log.read_text()
@@ -156,7 +156,7 @@ def test_cancelling_leaves_no_process_and_no_open_run_and_then_continues(
 
     if number == signal.SIGINT:
         return  # continuing is the same after either
-    (short_project / "pause.txt").write_text("0")
+    hold(short_project)
     lolcats(short_project, "run", "--no-register")
     metrics = json.loads((short_project / "outputs" / "teacher" / "metrics.json").read_text())
     assert metrics["started_at"] >= 2
@@ -167,14 +167,14 @@ def test_cancelling_leaves_no_process_and_no_open_run_and_then_continues(
 def test_a_killed_flow_leaves_no_process_and_no_run_open_for_good(
     short_project: Path, tmp_path: Path, victim: str
 ) -> None:
-    (short_project / "pause.txt").write_text("1")
+    hold(short_project, "teacher 2")
     log = tmp_path / "log"
     process = start(short_project, log, "-m", "tasks.cli.main", "run", "--no-register")
-    wait_for_text(log, "teacher step 2")
+    wait_for_text(log, "teacher step 2", process)
     (flow,) = psutil.Process(process.pid).children()
     (psutil.Process(process.pid) if victim == "supervisor" else flow).kill()
-    process.wait(60)
-    wait_for(lambda: not list(processes_in(short_project)), 60, "the end of every process")
+    process.wait(LAST_RESORT)
+    wait_for(lambda: not list(processes_in(short_project)), "the end of every process")
     close_abandoned(short_project, "linearize")
     assert {run.info.status for run in all_runs(short_project)} == {"KILLED"}
 
@@ -184,7 +184,7 @@ def test_a_failing_stage_ends_the_flow_with_one_line_and_registers_nothing(short
     text = (short_project / "params.yaml").read_text()
     (short_project / "params.yaml").write_text(text.replace("seed: 0", "seed: 13"))
     log = tmp_path / "log"
-    assert start(short_project, log, "-m", "tasks.cli.main", "run").wait(120) == 1
+    assert start(short_project, log, "-m", "tasks.cli.main", "run").wait(LAST_RESORT) == 1
     assert log.read_text().strip().splitlines()[-1] == "Error: teacher: `seed` 13 brings bad luck; take another"
     assert "Traceback" not in log.read_text()
     assert {run.info.status for run in all_runs(short_project)} == {"FAILED"}
@@ -200,3 +200,13 @@ def test_a_page_that_prefect_does_not_take_ends_no_run(
     monkeypatch.setattr(delivery, "create_markdown_artifact", refuse)
     delivery.show("# page", "summary", "a page")
     assert "did not take the page 'summary': connection refused" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "task", [delivery.register_model, delivery.run_gates, delivery.promote_version, delivery.roll_back]
+)
+def test_what_needs_mlflow_is_tried_again_for_longer_than_a_server_needs_to_come_back(task: Any) -> None:
+    """Whatever MLflow's own client waits for, which is next to nothing where it is told so."""
+    assert task.retries == len(task.retry_delay_seconds)
+    assert sum(task.retry_delay_seconds) * (1 - task.retry_jitter_factor) >= 180
+    assert max(task.retry_delay_seconds) <= 30  # nor does it go on long after the server is back

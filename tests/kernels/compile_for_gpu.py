@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lolcats_kernels.hybrid_attention import attention_transfer_loss, hybrid_attention, hybrid_decode_
-from lolcats_kernels.softmax_decode import softmax_decode_
+from lolcats_kernels.softmax_decode import DecodeStep, softmax_decode_
 from tests.kernels.operands import make
 
 # As many as make the most pieces of a step over kept keys and values, which then takes the most memory.
@@ -110,9 +110,9 @@ def every_kernel(options: dict[str, Any]) -> Callable[[], None]:
         q, k, v = (x[:, :1].transpose(1, 2).contiguous() for x in tensors[:3])
         keys, values = (x.new_zeros(*x.shape[:2], SLOTS, x.shape[3]) for x in (k, v))
         first = (keys[:, :, :4].contiguous(), values[:, :, :4].contiguous(), torch.arange(8).view(2, 4))
-        real, newest = torch.ones(2, SLOTS, dtype=torch.bool), torch.tensor([300])
-        room = {"real": real, "sinks": first, "softcap": settings.get("softcap"), "backend": "triton"}
-        softmax_decode_(q, k, v, keys, values, newest, scale=0.1, **room)
+        mask, newest = torch.ones(2, SLOTS, dtype=torch.bool), torch.tensor([300])
+        step = DecodeStep(q, k, v, keys, values, newest, 0.1, settings.get("softcap"), mask, first)
+        softmax_decode_(step, backend="triton")
 
     return run
 

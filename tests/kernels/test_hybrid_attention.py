@@ -21,7 +21,7 @@ from lolcats_kernels.hybrid_attention import (
 )
 
 WINDOWS = ("terraced", "sliding", "none")
-MAPS = ("hedgehog", "hedgehog_half", "exp", "exp_half", "t2r", "elu")
+MAPS = ("hedgehog", "t2r", "elu")
 
 
 def make(

@@ -1,4 +1,4 @@
-"""One step of softmax attention over a room against its float64 definition, in every form."""
+"""One step of softmax attention over static keys and values against its float64 definition, in every form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lolcats_kernels.softmax_decode import fused, softmax_decode_
+from lolcats_kernels.softmax_decode import DecodeStep, fused, softmax_decode_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM = 24
@@ -24,7 +24,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, soft
 
 
 class Row:
-    """Tokens of a batch, and a room of `slots` that has seen those before column `newest`."""
+    """Tokens of a batch, and storage of `slots` that has those before column `newest`."""
 
     def __init__(
         self, slots: int, newest: int, heads: tuple[int, int] = (4, 2), dtype: torch.dtype = torch.float32,
@@ -46,11 +46,11 @@ class Row:
             self.real[:, -1] = True
         column = torch.arange(max(0, newest - slots), newest)  # the new one is not there yet
         # What was never written must not count.
-        room = (2, batch, key_heads, slots, dim)
-        self.keys, self.values = torch.full(room, torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
+        shape = (2, batch, key_heads, slots, dim)
+        self.keys, self.values = torch.full(shape, torch.finfo(dtype).max, dtype=dtype, device=DEVICE)
         self.keys[:, :, column % slots], self.values[:, :, column % slots] = self.k[:, :, column], self.v[:, :, column]
-        in_room = torch.zeros(batch, slots, dtype=torch.bool, device=DEVICE)
-        in_room[:, column % slots] = self.real[:, column]
+        stored_mask = torch.zeros(batch, slots, dtype=torch.bool, device=DEVICE)
+        stored_mask[:, column % slots] = self.real[:, column]
         self.newest = torch.tensor([newest], device=DEVICE)
         self.seen = self.real & (torch.arange(count, device=DEVICE) > newest - slots)
         first = [row.nonzero()[:sinks, 0] for row in self.real]
@@ -59,15 +59,15 @@ class Row:
             self.seen[row, columns] = True
         place = index[:, None, :, None].expand(-1, key_heads, -1, dim)
         self.options: dict[str, Any] = {
-            "real": in_room if padded else None,
+            "padding_mask": stored_mask if padded else None,
             "sinks": (self.k.gather(2, place), self.v.gather(2, place), index) if sinks else None,
         }
 
     def step(self, backend: str, scale: float = 0.3, softcap: float | None = None) -> tuple[Tensor, Tensor]:
         """What the step gives and what it is to be, [B, H, D]."""
         k, v = self.k[:, :, -1:], self.v[:, :, -1:]
-        options = {**self.options, "scale": scale, "softcap": softcap, "backend": backend}
-        found = softmax_decode_(self.q, k, v, self.keys, self.values, self.newest, **options)
+        step = DecodeStep(self.q, k, v, self.keys, self.values, self.newest, scale, softcap, **self.options)
+        found = softmax_decode_(step, backend)
         assert found.dtype == self.q.dtype
         return found[:, 0], definition(self.q[:, :, 0], self.k, self.v, self.seen, scale, softcap)
 
@@ -78,14 +78,14 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 BACKENDS = ["naive", "triton"]
-# Slots and the new token's column: an empty room, one tile and a part, exactly full, gone round once and often.
+# Slots and the new token's column: empty storage, one tile and a part, exactly full, gone round once and often.
 PLACES = [(64, 0), (200, 130), (200, 199), (70, 70), (70, 333), (3, 50)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("slots", "newest"), PLACES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_step_is_attention_over_what_the_room_holds(slots: int, newest: int, padded: bool, backend: str) -> None:
+def test_a_step_is_attention_over_what_the_storage_holds(slots: int, newest: int, padded: bool, backend: str) -> None:
     row = Row(slots, newest, padded=padded)
     close(*row.step(backend))
 
@@ -93,7 +93,7 @@ def test_a_step_is_attention_over_what_the_room_holds(slots: int, newest: int, p
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("slots", "newest"), [(64, 20), (64, 66), (64, 150), (9, 10)])
-def test_sinks_are_seen_where_they_have_left_the_room_and_once(
+def test_sinks_are_seen_where_they_have_left_the_storage_and_once(
     slots: int, newest: int, padded: bool, backend: str
 ) -> None:
     close(*Row(slots, newest, padded=padded, sinks=4).step(backend))
@@ -112,12 +112,12 @@ def test_half_precision_at_the_head_dims_of_models(dtype: torch.dtype, dim: int)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_token_joins_the_room_and_nothing_else_changes(backend: str) -> None:
+def test_the_token_is_stored_and_nothing_else_changes(backend: str) -> None:
     row = Row(70, 333, padded=True, sinks=2)
-    before = [x.clone() for x in (row.keys, row.values, row.options["real"])]
+    before = [x.clone() for x in (row.keys, row.values, row.options["padding_mask"])]
     row.step(backend)
     slot = 333 % 70
-    after = [row.keys, row.values, row.options["real"]]
+    after = [row.keys, row.values, row.options["padding_mask"]]
     for old, new, token in zip(before[:2], after[:2], (row.k, row.v), strict=True):
         assert torch.equal(new[:, :, slot], token[:, :, -1])
         old[:, :, slot] = new[:, :, slot]
@@ -140,19 +140,19 @@ def test_float64_has_a_form_of_its_own() -> None:
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
     row = Row(64, 20)
-    k, room = row.k[:, :, -1:], (row.keys, row.values)
+    k, stored = row.k[:, :, -1:], (row.keys, row.values)
     with pytest.raises(ValueError, match=r"q must be \[B, H, 1, D\]"):
-        softmax_decode_(row.q.expand(-1, -1, 2, -1), k, k, *room, row.newest, scale=1.0)
+        DecodeStep(row.q.expand(-1, -1, 2, -1), k, k, *stored, row.newest, 1.0)
     with pytest.raises(ValueError, match=r"keys and values must be \[B, Hk, C, D\]"):
-        softmax_decode_(row.q, k, k, row.keys[..., :5], row.values, row.newest, scale=1.0)
-    with pytest.raises(ValueError, match=r"`real` must be bool \[B, C\] = \[2, 64\], got torch.bool \(1, 64\)"):
-        softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, real=row.real.new_ones(1, 64))
+        DecodeStep(row.q, k, k, row.keys[..., :5], row.values, row.newest, 1.0)
+    with pytest.raises(ValueError, match=r"`padding_mask` must be bool \[B, C\] = \[2, 64\], got torch.bool \(1, 64\)"):
+        DecodeStep(row.q, k, k, *stored, row.newest, 1.0, padding_mask=row.real.new_ones(1, 64))
     with pytest.raises(ValueError, match=r"one dtype, got torch.float16, torch.float32"):
-        softmax_decode_(row.q.half(), k, k, *room, row.newest, scale=1.0)
-    with pytest.raises(ValueError, match="keys, values, `real` and sinks must be dense"):
-        softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, sinks=(row.k[:, :, :2], row.v[:, :, :2], row.newest))
+        DecodeStep(row.q.half(), k, k, *stored, row.newest, 1.0)
+    with pytest.raises(ValueError, match="keys, values, `padding_mask` and sinks must be dense"):
+        DecodeStep(row.q, k, k, *stored, row.newest, 1.0, sinks=(row.k[:, :, :2], row.v[:, :, :2], row.newest))
     with pytest.raises(ValueError, match="`backend` must be one of auto, triton, naive, got 'fused'"):
-        softmax_decode_(row.q, k, k, *room, row.newest, scale=1.0, backend="fused")
+        softmax_decode_(DecodeStep(row.q, k, k, *stored, row.newest, 1.0), backend="fused")
     wide = Row(64, 20, dtype=torch.float64)
     with pytest.raises(ValueError, match="triton takes float16"):
         wide.step("triton")

@@ -15,7 +15,6 @@ NEUTRAL = {
     "lolcats_common/progress.py",
     "lolcats_core/compute/device.py",
     "lolcats_common/training_params.py",
-    "tasks/reporting/evaluation_figures.py",
     "tasks/reporting/figures.py",
     "tasks/runner/logs.py",
     "tasks/runner/preflight.py",

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+LAST_RESORT = 600.0  # seconds
+
 
 def start(root: Path, log: Path, *arguments: str, group: bool = False) -> subprocess.Popen[bytes]:
     """This Python with `arguments` in `root`, its output in `log`; with `group`, in a session of its own."""
@@ -29,17 +31,32 @@ def start(root: Path, log: Path, *arguments: str, group: bool = False) -> subpro
         )
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90.0, what: str = "the condition") -> None:
-    """Poll until `condition` holds."""
-    deadline = time.monotonic() + seconds
+def wait_for(
+    condition: Callable[[], Any], what: str, unless: Callable[[], str] = lambda: "", pause: float = 0.05
+) -> None:
+    """Poll until `condition` holds; fail at once when `unless` says why it cannot come true any more.
+
+    How long that takes is the machine's affair and never a test's: `LAST_RESORT` only lets a test end.
+    """
+    deadline = time.monotonic() + LAST_RESORT
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s"
-        time.sleep(0.05)
+        if why := unless():
+            assert condition(), f"{what} cannot come any more: {why}"
+            return
+        assert time.monotonic() < deadline, f"{what} did not come within {LAST_RESORT:.0f} s"
+        time.sleep(pause)
 
 
-def wait_for_text(log: Path, text: str, seconds: float = 120.0) -> None:
-    """Poll until `text` stands in the file."""
-    wait_for(lambda: text in log.read_text(errors="replace"), seconds, f"{text!r} in {log}")
+def wait_for_text(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """Poll until `text` stands in the file that `process` writes."""
+
+    def said() -> str:
+        return log.read_text(errors="replace")
+
+    def ended() -> str:
+        return "" if process.poll() is None else f"the process ended with {process.returncode}: {said()[-4000:]}"
+
+    wait_for(lambda: text in said(), f"{text!r} in {log}", ended)
 
 
 def processes_in(root: Path) -> Iterator[str]:

@@ -50,8 +50,7 @@ class Call:
                 return None
             return F.pad(x.detach().to(dtype), (0, columns - x.shape[-1])).contiguous()
 
-        w_q = padded(maps.w_q, q.dtype)
-        w_k = w_q if maps.w_k is maps.w_q else padded(maps.w_k, q.dtype)
+        w_q, w_k = (padded(w, q.dtype) for w in (maps.w_q, maps.w_k))
         b_q, b_k = padded(maps.b_q, torch.float32), padded(maps.b_k, torch.float32)
         gamma, alpha = (x.detach().float().contiguous() for x in (maps.gamma, maps.linear_factor()))
         assert w_q is not None and w_k is not None  # noqa: PT018

@@ -14,9 +14,8 @@ TERRACED = tl.constexpr(0)
 SLIDING = tl.constexpr(1)
 NO_WINDOW = tl.constexpr(2)
 SOFTMAX = tl.constexpr(0)
-EXP = tl.constexpr(1)
-RELU = tl.constexpr(2)
-ELU = tl.constexpr(3)
+RELU = tl.constexpr(1)
+ELU = tl.constexpr(2)
 LOG2E = tl.constexpr(1.4426950408889634)
 FEATURE_FLOOR = tl.constexpr(1e-12)
 
@@ -24,11 +23,8 @@ WINDOWS = {"terraced": 0, "sliding": 1, "none": 2}
 # Name → (activation, halves).
 ACTIVATIONS = {
     "hedgehog": (0, 2),
-    "hedgehog_half": (0, 1),
-    "exp": (1, 2),
-    "exp_half": (1, 1),
-    "t2r": (2, 1),
-    "elu": (3, 1),
+    "t2r": (1, 1),
+    "elu": (2, 1),
 }
 
 
@@ -100,12 +96,11 @@ def load_bias(B, head, of, FB: tl.constexpr):
 def activation(x, of, ACT: tl.constexpr, FLOOR: tl.constexpr, F: tl.constexpr, FB: tl.constexpr):
     """One half of the features [C, FB] in float32 from x [C, FB]; zeros in padded columns."""
     valid = (of < F)[None, :]
-    if ACT == SOFTMAX or ACT == EXP:
+    if ACT == SOFTMAX:
         if F != FB:
             x = tl.where(valid, x, float("-inf"))
         y = tl.exp2((x - tl.max(x, 1)[:, None]) * LOG2E)
-        if ACT == SOFTMAX:
-            y = y * (1.0 / tl.sum(y, 1))[:, None]
+        y = y * (1.0 / tl.sum(y, 1))[:, None]
     elif ACT == RELU:
         y = tl.maximum(x, 0.0)
     else:
@@ -122,11 +117,6 @@ def activation_grad(y, dy, ACT: tl.constexpr):
     """Gradient at x from the features y and their gradient dy, both [C, FB]."""
     if ACT == SOFTMAX:
         dx = y * (dy - tl.sum(dy * y, 1)[:, None])
-    elif ACT == EXP:
-        # The row's maximum is part of the function; where it stands, y is exactly 1.
-        top = tl.where(y == 1.0, 1.0, 0.0)
-        share = top / tl.sum(top, 1)[:, None]
-        dx = y * dy - share * tl.sum(dy * y, 1)[:, None]
     elif ACT == RELU:
         dx = tl.where(y > FEATURE_FLOOR, dy, 0.0)
     else:

@@ -206,8 +206,8 @@ def backward(
 def transfer(call: Call, target: Tensor, *, gradients: bool) -> tuple[Tensor, MapGradients | None]:
     """Sum of squared errors of the output against `target` [B, T, H, D], and the gradients of half of it.
 
-    Terraced windows only, where the window itself needs no gradient (method.md, section 3). Neither the output nor the
-    features are stored.
+    Terraced windows only, where the window itself needs no gradient (docs/method.md, section 6). Neither the output nor
+    the features are stored.
     """
     target = aligned(target.to(call.q.dtype))
     states = chunk_states(call, None, None)

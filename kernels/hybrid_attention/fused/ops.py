@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.config import Maps, Spec
+from lolcats_kernels.hybrid_attention.feature_maps import feature_count
 from lolcats_kernels.hybrid_attention.fused import launch
 from lolcats_kernels.hybrid_attention.fused.decode import decode as launch_decode
 from lolcats_kernels.hybrid_attention.fused.layout import Sequences
@@ -60,7 +61,7 @@ def _(
     if not end:
         return y, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32), den
     count = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    features = w_q.shape[-1] * (2 if feature_map in ("hedgehog", "exp") else 1)
+    features = feature_count(feature_map, w_q.shape[-1])
     z_end = q.new_empty(count, w_k.shape[0], features, dtype=torch.float32)
     return y, z_end.new_empty(*z_end.shape, v.shape[-1]), z_end, den
 

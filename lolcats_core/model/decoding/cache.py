@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.decoding.static_kv import InRoom
+from lolcats_core.model.decoding.static_kv import StaticKVMixin
 from lolcats_kernels.hybrid_attention import HybridState
 
 _NO_CROP = (
@@ -20,11 +20,11 @@ _NO_CROP = (
 )
 
 
-class GrowingLayer(InRoom, DynamicLayer):
+class GrowingLayer(StaticKVMixin, DynamicLayer):
     """Keys and values of softmax attention that sees everything."""
 
 
-class SlidingLayer(InRoom, DynamicSlidingWindowLayer):
+class SlidingLayer(StaticKVMixin, DynamicSlidingWindowLayer):
     """Keys and values of softmax attention that sees a window."""
 
 
@@ -66,7 +66,7 @@ class HybridLayer(CacheLayerMixin):
     Attributes:
         state: of the linearized kv groups, or None before the first token.
         softmax: keys and values of the kv groups that keep softmax attention, or None where none does.
-        seen: tokens so far, padding included.
+        length: number of cached tokens, padding included.
     """
 
     is_sliding = False
@@ -78,27 +78,27 @@ class HybridLayer(CacheLayerMixin):
         super().__init__()
         self.state: HybridState | None = None
         self.softmax = softmax
-        self.seen = 0
+        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns the new keys and values alone: the attention function finds older ones in this layer."""
-        self.seen += key_states.shape[-2]
+        """Return the new keys and values alone: the attention function finds the older ones in this layer."""
+        self.length += key_states.shape[-2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.length + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.state, self.seen = None, 0
+        self.state, self.length = None, 0
         if self.softmax is not None:
             self.softmax.reset()
 
@@ -129,10 +129,10 @@ class HybridLayer(CacheLayerMixin):
 
 
 class HybridCache(Cache):
-    """A `HybridLayer` per linearized layer; what the teacher has for each layer or kv group that keeps softmax."""
+    """A `HybridLayer` for each linearized layer, and a `KeptLayer` for each layer or kv group that keeps softmax."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        settings, kept = LinearizeConfig(**config.linearize), softmax_layers(config)
+        settings, kept = LinearizeConfig.from_dict(config.linearize), softmax_layers(config)
         # Growing, or bounded by the layer's own sliding window.
         layers: list[Any] = [_kept_layer(layer) for layer in DynamicCache(config=config).layers]
         if settings.softmax_window is not None:
@@ -150,20 +150,20 @@ class HybridCache(Cache):
         super().crop(tokens_to_remove)
 
     def kept_layers(self) -> list[KeptLayer]:
-        """What holds the keys and values of kept layers and kv groups, in order."""
+        """The cache layers of kept layers and kv groups, in order."""
         layers = (layer.softmax if isinstance(layer, HybridLayer) else layer for layer in cast(list[Any], self.layers))
         return [layer for layer in layers if layer is not None]
 
     def advance(self) -> None:
-        """Count the token of a step that ran without Python: the states and rooms have it already."""
+        """Count the token of a replayed step, which is in the states and the static storage already."""
         for layer in cast(list[Any], self.layers):
             if isinstance(layer, HybridLayer):
-                layer.seen += 1
+                layer.length += 1
         for kept in self.kept_layers():
             kept.advance()
 
     def detach(self) -> None:
-        """Cut the cached tensors off from the computation that made them."""
+        """Detach all cached tensors from the autograd graph."""
         for layer in cast(list[Any], self.layers):
             if isinstance(layer, HybridLayer):
                 layer._map(torch.Tensor.detach)
@@ -182,12 +182,12 @@ class HybridCache(Cache):
         """Bytes of the keys and values of layers and kv groups that keep softmax attention."""
         layers = self.kept_layers()
         sinks = (layer.sinks for layer in layers if isinstance(layer, BoundedLayer) and layer.sinks is not None)
-        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
-        return sum(map(_bytes, [*held, *(tensor for first in sinks for tensor in vars(first).values())]))
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return sum(map(_bytes, [*tensors, *(tensor for first in sinks for tensor in vars(first).values())]))
 
 
 def _kept_layer(layer: Any) -> KeptLayer:
-    """Ours in the place of what transformers would hold a layer's keys and values in."""
+    """Our layer in the place of transformers' own, with static storage besides."""
     if type(layer) is DynamicSlidingWindowLayer:
         return SlidingLayer(layer.sliding_window)
     assert type(layer) is DynamicLayer, f"a decode cache of {type(layer).__name__} is not known here"

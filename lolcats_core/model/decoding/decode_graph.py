@@ -1,8 +1,8 @@
 """Decoding steps as one CUDA graph: hundreds of launches a token become one.
 
 A step of a linearized model has the same shapes and addresses at every position, so it is captured once and replayed.
-Kept layers and heads move their keys and values into rooms (`static_kv`) for it, and a graph lasts until one of them
-is full.
+Kept layers and heads copy their keys and values into static storage (`static_kv`) for it, and a graph lasts until one
+of these is full.
 
 # B batch, V vocabulary
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lolcats_core.model.attention import HybridContext
 from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
+from lolcats_core.model.forward_context import HybridContext
 
-# What a call may give besides; anything else, such as labels or an observer, needs the model itself.
+# Arguments of a call that a replay can take; any other, such as labels or an observer, needs the model itself.
 _PLAIN = {
     "input_ids",
     "past_key_values",
@@ -40,8 +40,8 @@ def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, `model`'s one-token steps replay a CUDA graph where they can; results are the same.
 
     `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models on a CPU run as they
-    did. Kept keys and values take up to half as much memory again (`static_kv`); where there is none, their steps run
-    as they did. The weights must not change meanwhile, and one thread at a time may call the model.
+    did. Kept keys and values take up to half as much memory again (`static_kv`); where memory has run out, their steps
+    run as they did. The weights must not change meanwhile, and one thread at a time may call the model.
     """
     if model.device.type != "cuda":
         yield
@@ -50,7 +50,7 @@ def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not args and steps.take(kwargs) and steps.move_in(kwargs):
+        if not args and steps.take(kwargs) and steps.prepare_static(kwargs):
             return steps.run(kwargs)
         return plain(*args, **kwargs)
 
@@ -69,10 +69,10 @@ class _Steps:
     """The captured step and the addresses that it works on.
 
     Attributes:
-        last: addresses of the last step's states. `captured`: those of the states and rooms of the captured step;
-            `rehearsed`: of the last step that ran in rooms without a graph.
-        newest: [1], the new tokens' column; every room of these steps reads it.
-        crowded: whether memory for rooms has run out.
+        last: addresses of the last step's states. `captured`: addresses of the states and static storage of the
+            captured step; `rehearsed`: of the last step that ran in static storage without a graph.
+        newest: [1], the new tokens' column, which all static storage of these steps reads.
+        out_of_memory: whether memory for static storage has run out.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -83,13 +83,13 @@ class _Steps:
         self.rehearsed: tuple[int, ...] | None = None
         self.ids = self.positions = self.logits = torch.empty(0)
         self.newest = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self.crowded = False
+        self.out_of_memory = False
 
     def take(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a step that the graph can stand for, and not the first on these addresses."""
         ids, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
-        given = {name for name, value in kwargs.items() if value is not None and value is not False}
-        if torch.is_grad_enabled() or not given <= _PLAIN or ids is None or ids.shape[1] != 1:
+        passed = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if torch.is_grad_enabled() or not passed <= _PLAIN or ids is None or ids.shape[1] != 1:
             return False
         if not isinstance(cache, HybridCache) or (mask is not None and mask.dim() != 2):
             return False
@@ -104,36 +104,36 @@ class _Steps:
         again, self.last = key == self.last, key
         return again
 
-    def move_in(self, kwargs: dict[str, Any]) -> bool:
-        """Whether all that the cache keeps stands in rooms with place for the next token; it moves there if it can."""
+    def prepare_static(self, kwargs: dict[str, Any]) -> bool:
+        """Make the cache's kept layers static where they can be; whether all are, with a slot for the next token."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         kept = cache.kept_layers()
-        if all(layer.has_place(self.newest) for layer in kept):
+        if all(layer.has_capacity(self.newest) for layer in kept):
             return True
-        if self.crowded or not all(layer.may_enter() for layer in kept):
+        if self.out_of_memory or not all(layer.can_be_static() for layer in kept):
             return False
-        real = None if mask is None or bool(mask.all()) else mask[:, :-1].bool()
+        padding_mask = None if mask is None or bool(mask.all()) else mask[:, :-1].bool()
         self._forget()
         try:
             for layer in kept:
-                layer.enter(real, self.newest)
+                layer.make_static(padding_mask, self.newest)
         except torch.OutOfMemoryError:
-            self.crowded = True
-        return not self.crowded
+            self.out_of_memory = True
+        return not self.out_of_memory
 
     def run(self, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
         """One step: `input_ids` [B, 1] → logits [B, 1, V]."""
         ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
         state: Any = next(layer.state for layer in cache.layers if isinstance(layer, HybridLayer))
         # Each sequence counts its own real tokens.
-        given = kwargs.get("position_ids")
-        positions = state.length[:, None] if given is None else given.expand(ids.shape)
+        positions = kwargs.get("position_ids")
+        positions = state.length[:, None] if positions is None else positions.expand(ids.shape)
         kept = cache.kept_layers()
         assert self.last is not None
         addresses = (*self.last, *(address for layer in kept for address in layer.addresses()))
         self.newest.fill_(cache.get_seq_length())
         if kept and addresses not in (self.captured, self.rehearsed):
-            # The first step in new rooms compiles what the second records.
+            # The first step in new storage compiles what the second records.
             self.rehearsed = addresses
             return CausalLMOutputWithPast(logits=self._step(ids, positions, cache), past_key_values=cache)
         if addresses != self.captured:
@@ -149,7 +149,7 @@ class _Steps:
         return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=cache)
 
     def _forget(self) -> None:
-        """Free what a graph holds."""
+        """Free the graph and its memory."""
         self.graph = self.captured = None
         self.logits = torch.empty(0)
 
@@ -161,17 +161,17 @@ class _Steps:
         self.graph = graph
 
     def _step(self, ids: Tensor, positions: Tensor, cache: HybridCache) -> Tensor:
-        """Logits of a step that runs in the states and rooms of `cache`."""
-        rooms = [layer.room for layer in cache.kept_layers() if layer.room is not None]
-        context = HybridContext(cache=cache, seen=cache.get_seq_length())
-        for room in rooms:
-            room.stepping = True
+        """Logits of a step that runs in the states and static storage of `cache`."""
+        storage = [layer.static_kv for layer in cache.kept_layers() if layer.static_kv is not None]
+        context = HybridContext(cache=cache, past_length=cache.get_seq_length())
+        for static in storage:
+            static.stepping = True
         try:
             out = self.plain(
                 input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, hybrid=context
             )
         finally:
-            for room in rooms:
-                room.stepping = False
+            for static in storage:
+                static.stepping = False
         logits: Tensor = out.logits
         return logits

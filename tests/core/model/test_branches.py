@@ -106,3 +106,16 @@ def test_the_normalised_loss_weighs_layers_by_their_own_size() -> None:
     for name, value in plain_gradients.items():
         size = sizes[int(name.split(".")[2])]
         torch.testing.assert_close(normal_gradients[name], value / size, rtol=1e-4, atol=1e-6)
+
+
+def test_one_branch_stays_on_and_both_come_back_after_an_error() -> None:
+    student = tiny_student(settings=SETTINGS)
+    maps = list(feature_maps(student).values())
+    with without_branch(maps[:1], "window"):
+        refused = pytest.raises(ValueError, match="one branch must stay on: `linear` is the only one left")
+        with refused, without_branch(maps, "linear"):
+            pass
+        assert [each.active for each in maps] == ["linear", "both", "both"]
+    with pytest.raises(KeyError), without_branch(maps, "linear"):
+        raise KeyError
+    assert [each.active for each in maps] == ["both"] * 3

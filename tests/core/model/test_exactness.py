@@ -119,6 +119,6 @@ def test_softmax_attention_by_blocks_is_the_whole(monkeypatch: pytest.MonkeyPatc
     model = linearize(teacher, MIXED)
     positions = torch.cat([torch.arange(25), torch.arange(16)]).expand(2, -1)
     whole = [model(ids, use_cache=False).logits, model(ids, position_ids=positions, use_cache=False).logits]
-    monkeypatch.setattr("lolcats_core.model.attention.SOFTMAX_BLOCK", 7)
+    monkeypatch.setattr("lolcats_core.model.softmax_attention.SOFTMAX_BLOCK", 7)
     close(model(ids, use_cache=False).logits, whole[0])
     close(model(ids, position_ids=positions, use_cache=False).logits, whole[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -115,27 +116,41 @@ def test_the_key_map_starts_as_the_query_map_and_gamma_at_its_value() -> None:
     for per in ("query_head", "kv_head"):
         settings = lc.LinearizeConfig(window_size=8, feature_dim=8, k_map_per=per, init_window_factor=0.25)
         maps = next(iter(feature_maps(lc.linearize(tiny_teacher(), settings)).values()))
-        assert maps.w_k is not None
         assert torch.equal(maps.w_k, maps.w_q if per == "query_head" else maps.w_q[::2])
         assert torch.allclose(maps.window_factor.sigmoid(), torch.tensor(0.25))
 
 
 @torch.no_grad()
-def test_options_of_the_maps_give_the_function_they_name() -> None:
+def test_identity_maps_take_the_activation_of_queries_and_keys_themselves() -> None:
     teacher, ids = tiny_teacher(), tokens(1, 60)
     identity = lc.linearize(teacher, lc.LinearizeConfig(window_size=8, feature_dim=8, feature_map_init="identity"))
-    skip = lc.linearize(teacher, lc.LinearizeConfig(window_size=8, feature_dim=8, feature_map_skip=True))
-    for maps in feature_maps(skip).values():
-        maps.w_q.zero_()
-        assert maps.w_k is not None
-        maps.w_k.zero_()
-    torch.testing.assert_close(skip(ids).logits, identity(ids).logits)
-    tied = lc.linearize(teacher, lc.LinearizeConfig(window_size=8, feature_dim=8, tie_qk=True))
-    free = lc.linearize(teacher, SETTINGS)
-    torch.testing.assert_close(tied(ids).logits, free(ids).logits)
-    assert sum(p.numel() for p in named_map_parameters(tied).values()) < sum(
-        p.numel() for p in named_map_parameters(free).values()
-    )
+    other = lc.linearize(teacher, SETTINGS)
+    for maps in feature_maps(other).values():
+        maps.w_q.copy_(torch.eye(8))
+        maps.w_k.copy_(torch.eye(8))
+    torch.testing.assert_close(other(ids).logits, identity(ids).logits)
+
+
+def test_a_model_that_an_earlier_version_saved_with_options_that_are_gone_loads_unless_it_used_them(
+    tmp_path: Path,
+) -> None:
+    model, ids = tiny_student(), tokens(1, 30)
+    model.config.linearize |= {"feature_map_skip": False, "tie_qk": False}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["linearize"]["tie_qk"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    lc.save_feature_maps(model, tmp_path / "maps.safetensors")
+    lc.load_feature_maps(loaded, tmp_path / "maps.safetensors")
+    for changes, said in (
+        ({"tie_qk": True}, "`tie_qk: True` is an option of an earlier version"),
+        ({"feature_map_skip": True}, "`feature_map_skip: True` is an option of an earlier version"),
+        ({"feature_map": "exp"}, "`feature_map` must be one of hedgehog, t2r, elu, got 'exp'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            lc.LinearizeConfig.from_dict({**MIXED.to_dict(), **changes})
+    with pytest.raises(TypeError, match="never"):
+        lc.LinearizeConfig.from_dict({**MIXED.to_dict(), "never": False})
 
 
 def test_feature_maps_round_trip_and_refuse_what_does_not_fit(tmp_path: Path) -> None:
@@ -166,7 +181,7 @@ def test_feature_maps_round_trip_and_refuse_what_does_not_fit(tmp_path: Path) ->
         ({"window_size": 16}, "made with `window_size` 8, but the model has 16"),
         ({"window": "sliding"}, "made with `window` 'terraced', but the model has 'sliding'"),
         ({"k_map_per": "kv_head"}, "made with `k_map_per` 'query_head', but the model has 'kv_head'"),
-        ({"feature_map": "exp"}, "made with `feature_map` 'hedgehog', but the model has 'exp'"),
+        ({"feature_map": "t2r"}, "made with `feature_map` 'hedgehog', but the model has 't2r'"),
         ({"linear_factor": "affine"}, "made with `linear_factor` 'one', but the model has 'affine'"),
         ({"softmax_layers": (1,)}, r"made with `softmax_layers` \[\], but the model has \[1\]"),
     ],
@@ -203,7 +218,7 @@ def test_what_cannot_be_linearized_is_named() -> None:
         lc.linearize(tiny_student(), SETTINGS)
     with pytest.raises(UserError, match=r"`softmax_layers` must be below the 3 layers, got 7"):
         tiny_student(settings=lc.LinearizeConfig(softmax_layers=(7,)))
-    with pytest.raises(UserError, match=r"need `feature_dim` equal to the head dim 8, got 4"):
+    with pytest.raises(UserError, match=r"needs `feature_dim` equal to the head dim 8, got 4"):
         tiny_student(settings=lc.LinearizeConfig(feature_dim=4, feature_map_init="identity"))
 
 

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 import lolcats_core as lc
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams, ParamsError, TransferParams, params_from_dict
-from lolcats_core.model.attention import HybridContext, Reach, kept_attention
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.decoding.state_size import published_settings, state_size
 from lolcats_core.model.feature_maps import Scores
+from lolcats_core.model.forward_context import HybridContext
 from lolcats_core.model.sinks import ABSENT, gather_sinks
+from lolcats_core.model.softmax_attention import SoftmaxWindow, kept_attention
 from lolcats_core.training.attention_transfer import transfer_losses
 from lolcats_core.training.low_rank_finetune import add_lora
 from lolcats_core.training.segments import segmented_loss
@@ -44,12 +45,12 @@ def operands(length: int = 53) -> list[torch.Tensor]:
 def test_values_and_gradients_are_the_definition_s(
     window: int, sinks: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lolcats_core.model.attention.SOFTMAX_BLOCK", block)
+    monkeypatch.setattr("lolcats_core.model.softmax_attention.SOFTMAX_BLOCK", block)
     given = [x.requires_grad_() for x in operands()]
     expected = naive(*given, window, sinks)
     weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad((expected * weight).sum(), given)
-    actual = kept_attention(*given, HybridContext(), Scores(8**-0.5), None, Reach(window, sinks), None)
+    actual = kept_attention(*given, HybridContext(), Scores(8**-0.5), SoftmaxWindow(window, sinks))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad((actual * weight).sum(), given), wanted)
 

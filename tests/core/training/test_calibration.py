@@ -65,8 +65,7 @@ def test_it_starts_far_below_the_other_initial_values_on_real_text() -> None:
     [
         {},
         {"k_map_per": "kv_head"},
-        {"tie_qk": True},
-        {"feature_map_skip": True, "feature_map_bias": True},
+        {"feature_map_bias": True},
         {"window": "none"},
         {"feature_map": "t2r", "linear_factor": "affine", "window": "sliding"},
         {"softmax_heads": {0: (1,)}},

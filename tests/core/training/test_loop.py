@@ -39,7 +39,9 @@ def params(**changes: Any) -> TransferParams:
     return dataclasses.replace(base, **changes)
 
 
-def transfer(scratch: Path, die_at: int | None = None, **changes: Any) -> tuple[dict[str, torch.Tensor], Any]:
+def transfer(
+    scratch: Path, die_at: int | None = None, seed: int = 0, **changes: Any
+) -> tuple[dict[str, torch.Tensor], Any]:
     student = linearize(tiny_teacher(), SETTINGS)
 
     def log(metrics: dict[str, float], step: int) -> None:
@@ -47,7 +49,7 @@ def transfer(scratch: Path, die_at: int | None = None, **changes: Any) -> tuple[
             raise Killed
 
     rows, validation = FakeRows(24), FakeRows(8, seed=1)
-    result = attention_transfer(student, rows, validation, params(**changes), scratch=scratch, log=log)
+    result = attention_transfer(student, rows, validation, params(**changes), scratch=scratch, seed=seed, log=log)
     return {name: p.detach().clone() for name, p in named_map_parameters(student).items()}, result
 
 
@@ -74,6 +76,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Pat
     first, _ = transfer(tmp_path / "a")
     again, _ = transfer(tmp_path / "b")
     assert all(torch.equal(first[name], again[name]) for name in first)
+    other, _ = transfer(tmp_path / "c", seed=1)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_finetuning_resumes_bitwise_with_dropout(tmp_path: Path) -> None:
@@ -264,11 +268,9 @@ def _counting(losses: list[float], scratch: Path, settings: TrainingParams) -> t
     return weight, result, lrs
 
 
-def test_the_best_weights_stay_and_early_stopping_ends_the_run(tmp_path: Path) -> None:
-    settings = TrainingParams(
-        lr=1.0, batch_size=1, epochs=1, eval_every=1, log_every=1, early_stopping=2, schedule="constant"
-    )
-    weight, result, _ = _counting([9.0, 5.0, 3.0, 4.0, 4.0, 1.0], tmp_path, settings)
+def test_the_weights_of_the_lowest_validation_loss_stay(tmp_path: Path) -> None:
+    settings = TrainingParams(lr=1.0, batch_size=1, max_steps=4, eval_every=1, log_every=1, schedule="constant")
+    weight, result, _ = _counting([9.0, 5.0, 3.0, 4.0, 4.0], tmp_path, settings)
     assert (result.steps, result.best_step, result.best_loss) == (4, 2, 3.0)
     assert weight.item() == pytest.approx(2.0)
 

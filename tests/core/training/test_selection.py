@@ -22,9 +22,9 @@ from lolcats_core.training.selection import (
     Candidate,
     all_groups,
     candidates,
+    choose_softmax,
     keeping,
     kept_groups,
-    select,
     student_divergence,
     transfer_scores,
 )
@@ -44,7 +44,7 @@ def names(kept: tuple[Candidate, ...]) -> list[Any]:
 
 def chosen(budget: dict[str, float], criterion: str, **options: Any) -> Any:
     params = SelectParams(softmax_budget=budget, criterion=criterion)  # type: ignore[arg-type]
-    return select(params, SETTINGS, CONFIG, ERRORS, **options)
+    return choose_softmax(params, SETTINGS, CONFIG, ERRORS, **options)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_budget_keeps_that_much_of_the_cache(budget: dict[str, float], count: 
 
 def test_without_a_budget_the_settings_pass_as_they_are() -> None:
     settings = dataclasses.replace(SETTINGS, softmax_layers=(1,), softmax_heads={2: (0, 3)})
-    selection = select(SelectParams(), settings, CONFIG, {})
+    selection = choose_softmax(SelectParams(), settings, CONFIG, {})
     assert selection.settings == settings
     assert (selection.kept, selection.scores, selection.cache_ratio) == ((), {}, 0.5)
 
@@ -85,7 +85,7 @@ def test_without_a_budget_the_settings_pass_as_they_are() -> None:
 )
 def test_a_budget_that_does_not_fit_is_refused(budget: Any, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        select(SelectParams(softmax_budget=budget), dataclasses.replace(SETTINGS, **changes), CONFIG, ERRORS)
+        choose_softmax(SelectParams(softmax_budget=budget), dataclasses.replace(SETTINGS, **changes), CONFIG, ERRORS)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_divergence_is_the_student_s(documents: bool) -> None:
     assert divergence(frozenset(all_groups(CONFIG))) == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"k_map_per": "kv_head"}, {"tie_qk": True}, {"feature_map_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"k_map_per": "kv_head"}, {"feature_map_bias": True}])
 @torch.no_grad()
 def test_restricted_maps_are_the_same_functions_of_the_groups_that_stay_linear(changes: dict[str, Any]) -> None:
     whole = tiny_student(settings=dataclasses.replace(SETTINGS, **changes), **FOUR)

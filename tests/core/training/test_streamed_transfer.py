@@ -162,7 +162,7 @@ def test_a_process_killed_while_it_overwrites_the_buffer_continues_to_the_same_b
 ) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_kill_itself, args=(teacher_folder, tmp_path, 13))
     process.start()
-    process.join(120)
+    process.join()
     assert process.exitcode == -signal.SIGKILL
     assert json.loads((tmp_path / "hidden.json").read_text())["layer"] == 1
     actual, _, _ = streamed(teacher_folder, tmp_path)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,21 @@ def refused(*arguments: str) -> str:
     return lines[0]
 
 
+def used() -> float:
+    """Seconds of work in this process' children: on a busy machine they are about as many as on an idle one."""
+    times = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return times.ru_utime + times.ru_stime
+
+
 def test_help_comes_without_loading_torch() -> None:
     code = (
         "import sys, tasks.cli.main; print('torch' in sys.modules, 'prefect' in sys.modules, 'mlflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False", "False"]
-    started = time.monotonic()
+    before = used()
     done = subprocess.run([sys.executable, "-m", "tasks.cli.main", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.monotonic() - started < 10
+    assert used() - before < 5
     for command in (
         "run",
         "status",

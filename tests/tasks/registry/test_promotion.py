@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from lolcats_common.errors import Unavailable, UserError
@@ -192,3 +194,30 @@ def test_lineage_leads_to_the_commit_that_holds_dvc_lock(finished: Path) -> None
     for expected in (commit, "run.finetune", "r-finetune", "dvc.md5.finetune", "params.yaml", "gates: passed"):
         assert expected in page
     assert promotion.standing(finished, NAME, "1").aliases == ("candidate", CHAMPION)
+
+
+@pytest.mark.parametrize("call", ["get_model_version_by_alias", "get_model_version", "get_logged_model"])
+def test_a_store_that_stops_answering_is_no_missing_version_so_that_the_flow_tries_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    serve(finished, "m1")
+    serve(finished, "m2")
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise MlflowException("API request failed with exception: connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, refuse)
+        with pytest.raises(Unavailable, match="connection refused"):
+            promote(finished, NAME, "1") if call == "get_model_version" else rollback(finished, NAME)
+    assert aliases(finished) == {CHAMPION: "2", PREVIOUS: "1"}
+    assert rollback(finished, NAME) == ("1", "2")
+
+
+def test_a_store_that_stops_answering_while_changes_are_looked_for_is_asked_again(finished: Path) -> None:
+    class Client:
+        def search_model_versions(self, *arguments: Any, **options: Any) -> None:
+            raise MlflowException("connection refused")
+
+    with pytest.raises(Unavailable, match="connection refused"):
+        register.find_model(Client(), NAME, "m1")

@@ -158,23 +158,22 @@ def server(tmp_path: Path) -> Iterator[str]:
     store = f"sqlite:///{tmp_path}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)]
-    log = (tmp_path / "server.log").open("wb")
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    log = tmp_path / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
 
     def healthy() -> bool:
-        assert process.poll() is None, (tmp_path / "server.log").read_text()
         try:
-            return urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
+            return urllib.request.urlopen(f"{url}/health", timeout=60).status == 200
         except OSError:
             return False
 
     try:
-        wait_for(healthy, 120, "the MLflow server")
+        wait_for(healthy, "the MLflow server", lambda: log.read_text() if process.poll() is not None else "")
         yield url
     finally:
         end_group(process, 5)
-        log.close()
 
 
 @pytest.mark.slow

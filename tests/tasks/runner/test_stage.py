@@ -14,7 +14,8 @@ from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
 from tasks.runner.mlflow_run import connect
 from tasks.runner.stage import STATE, Stage, Terminated, execute, scratch_key
-from tests.tasks.processes import start, wait_for_text
+from tests.conftest import hold
+from tests.tasks.processes import LAST_RESORT, start, wait_for_text
 
 Run = Callable[[Stage], Mapping[str, float]]
 
@@ -147,18 +148,18 @@ def test_a_damaged_store_is_told_in_one_line(fake_project: Path, capsys: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_continues_in_the_same_run(fake_project: Path, tmp_path: Path, number: signal.Signals) -> None:
-    (fake_project / "pause.txt").write_text("1")
+    hold(fake_project, "teacher 3")
     log = tmp_path / "log"
     process = start(fake_project, log, "stages/fake.py", "teacher")
-    wait_for_text(log, "step 3")
+    wait_for_text(log, "step 3", process)
     process.send_signal(number)
-    assert process.wait(30) == (143 if number == signal.SIGTERM else -9)
+    assert process.wait(LAST_RESORT) == (143 if number == signal.SIGTERM else -9)
     assert not (fake_project / "outputs" / "teacher").exists()
     (run,) = runs(fake_project)
     assert run.info.status == ("KILLED" if number == signal.SIGTERM else "RUNNING")
 
-    (fake_project / "pause.txt").write_text("0")
-    assert start(fake_project, log, "stages/fake.py", "teacher").wait(60) == 0
+    hold(fake_project)
+    assert start(fake_project, log, "stages/fake.py", "teacher").wait(LAST_RESORT) == 0
     metrics = json.loads((fake_project / "outputs" / "teacher" / "metrics.json").read_text())
     assert metrics["started_at"] >= 3
     (run,) = runs(fake_project)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tasks.versioning import dvc_graph
-from tests.tasks.processes import processes_in, start, wait_for, wait_for_text
+from tests.conftest import hold
+from tests.tasks.processes import LAST_RESORT, processes_in, start, wait_for, wait_for_text
 
 SHELL_DVC = """stages:
   last:
@@ -81,19 +82,19 @@ def test_an_exception_ends_the_whole_group_even_what_ignores_sigterm(shell_proje
 
     with pytest.raises(KeyboardInterrupt):
         dvc_graph.repro("first", shell_project, on_line=stop, grace=1.0)
-    wait_for(lambda: not list(processes_in(shell_project)), 5)
+    wait_for(lambda: not list(processes_in(shell_project)), "the end of the group")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ending_dvc_ends_its_stage(fake_project: Path, tmp_path: Path, number: signal.Signals) -> None:
-    (fake_project / "pause.txt").write_text("30")
+    hold(fake_project, "teacher 1")
     log = tmp_path / "log"
     process = start(fake_project, log, "-m", "dvc", "repro", "teacher")
-    wait_for_text(log, "step 1")
+    wait_for_text(log, "step 1", process)
     process.send_signal(number)
-    process.wait(30)
-    wait_for(lambda: not list(processes_in(fake_project)), 30, "the end of the stage")
+    process.wait(LAST_RESORT)
+    wait_for(lambda: not list(processes_in(fake_project)), "the end of the stage")
 
 
 @pytest.mark.slow

@@ -66,14 +66,14 @@ def test_only_repeated_plain_steps_on_the_same_state_are_taken() -> None:
 
 
 @pytest.fixture
-def _small_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rooms of one more block of 64 columns than they need."""
     monkeypatch.setattr(static_kv, "LEAST", 1)
     monkeypatch.setattr(static_kv, "GROWTH", 0.0)
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_small_rooms")
+@pytest.mark.usefixtures("_small_storage")
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 @torch.no_grad()
 def test_greedy_generation_of_a_padded_batch_is_the_same(recipe: dict[str, Any]) -> None:
@@ -90,7 +90,7 @@ def test_greedy_generation_of_a_padded_batch_is_the_same(recipe: dict[str, Any])
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_small_rooms")
+@pytest.mark.usefixtures("_small_storage")
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 @torch.no_grad()
 def test_replayed_steps_have_the_logits_of_the_full_pass_and_count_tokens(
@@ -107,7 +107,7 @@ def test_replayed_steps_have_the_logits_of_the_full_pass_and_count_tokens(
         parts += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(120, 150)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 150
-    # All but the first of each row of steps, and the first in each new room.
+    # All but the first of each row of steps, and the first in each new storage.
     assert len(replays) >= 110 - 2 * 2 - 4
 
 
@@ -124,7 +124,7 @@ def test_a_second_cache_has_rooms_of_its_own() -> None:
             parts += [model(input_ids=rows[:, t : t + 1], past_key_values=cache).logits for t in range(20, 60)]
             found = torch.cat(parts, 1)
             torch.testing.assert_close(found, expected if rows is ids else expected.flip(0), rtol=1e-4, atol=1e-4)
-            del cache  # the next one's states and rooms may come to lie at its addresses
+            del cache  # the next one's states and static storage may come to lie at its addresses
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Steps in rooms give what plain decoding gives, however long they go on and whatever comes between them."""
+"""Steps in static storage give what plain decoding gives, however long they go on and whatever comes between them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Replay:
         self.steps, self.cache = steps, cache
 
     def replay(self) -> None:
-        counters = [(x, "seen") for x in self.cache.layers if isinstance(x, HybridLayer)]
-        counters += [(kept.room, "seen") for kept in self.cache.kept_layers()]
+        counters = [(x, "length") for x in self.cache.layers if isinstance(x, HybridLayer)]
+        counters += [(kept.static_kv, "length") for kept in self.cache.kept_layers()]
         counters += [(x, "cumulative_length") for x in self.cache.kept_layers() if hasattr(x, "cumulative_length")]
         before = [getattr(*counter) for counter in counters]
         self.steps.logits = self.steps._step(self.steps.ids, self.steps.positions, self.cache)
@@ -57,7 +57,7 @@ class Steps(_Steps):
     def __call__(self, ids: torch.Tensor, cache: HybridCache, mask: torch.Tensor | None = None) -> torch.Tensor:
         kwargs = {"input_ids": ids, "past_key_values": cache, "attention_mask": mask}
         with in_place(cache) if ids.shape[1] == 1 else nullcontext():
-            if not (self.take(kwargs) and self.move_in(kwargs)):
+            if not (self.take(kwargs) and self.prepare_static(kwargs)):
                 return self.model(**kwargs).logits
             self.replayed += 1
             logits = self.run(kwargs).logits
@@ -82,7 +82,7 @@ def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, split: int
 @pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
-def test_steps_in_rooms_have_the_logits_of_plain_decoding(
+def test_static_steps_have_the_logits_of_plain_decoding(
     family: str, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(static_kv, "LEAST", 1)
@@ -92,7 +92,7 @@ def test_steps_in_rooms_have_the_logits_of_plain_decoding(
     found = decoded(model, ids, None, 20, steps)
     torch.testing.assert_close(found, decoded(model, ids, None, 20, None), rtol=1e-4, atol=1e-4)
     assert steps.replayed == 150 - 20 - 1
-    # Rooms of 64, 128 and 192 columns.
+    # Storage of 64, 128 and 192 columns.
     assert steps.captures == (1 if settings is BOUNDED else 3)
 
 
@@ -114,7 +114,7 @@ def test_padding_before_the_steps_is_never_seen(settings: Any, side: str, monkey
 
 
 @torch.no_grad()
-def test_rooms_wait_for_the_sinks() -> None:
+def test_static_storage_waits_for_the_sinks() -> None:
     model, ids = tiny_student(settings=BOUNDED), tokens(2, 40)
     steps = Steps(model)
     found = decoded(model, ids, None, 1, steps)
@@ -134,26 +134,26 @@ def repeated(cache: HybridCache) -> None:
 @pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
 @pytest.mark.parametrize("change", [reordered, repeated, HybridCache.detach])
 @torch.no_grad()
-def test_whatever_changes_the_cache_leaves_the_rooms_with_all_that_was_in_them(settings: Any, change: Any) -> None:
+def test_whatever_changes_the_cache_makes_it_dynamic_with_all_that_was_stored(settings: Any, change: Any) -> None:
     model, ids = tiny_student("gemma3_text", settings), tokens(2, 60)
     steps, cache, plain = Steps(model), HybridCache(model.config), HybridCache(model.config)
     for start, stop in [(0, 15), *((t, t + 1) for t in range(15, 40))]:
         steps(ids[:, start:stop], cache)
         model(ids[:, start:stop], past_key_values=plain)
-    assert all(kept.room is not None for kept in cache.kept_layers())
+    assert all(kept.static_kv is not None for kept in cache.kept_layers())
     assert cache.softmax_bytes() == plain.softmax_bytes()
     assert [kept.get_seq_length() for kept in cache.kept_layers()] == [40] * len(cache.kept_layers())
     twin = copy.deepcopy(cache)
     for each in (cache, twin, plain):
         change(each)
-    assert all(kept.room is None for kept in cache.kept_layers())
+    assert all(kept.static_kv is None for kept in cache.kept_layers())
     expected = model(ids[:, 40:], past_key_values=plain).logits
     for each in (cache, twin):
         torch.testing.assert_close(model(ids[:, 40:], past_key_values=each).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_text_between_steps_is_read_from_the_rooms_and_steps_go_on_in_new_ones() -> None:
+def test_text_between_steps_sees_what_was_stored_and_steps_go_on_in_new_storage() -> None:
     model, ids = tiny_student(), tokens(2, 80)
     steps, cache, parts = Steps(model), HybridCache(model.config), []
     pieces = [(0, 15), *((t, t + 1) for t in range(15, 30)), (30, 50), *((t, t + 1) for t in range(50, 80))]
@@ -169,7 +169,7 @@ def test_text_between_steps_is_read_from_the_rooms_and_steps_go_on_in_new_ones()
 
 @pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
 @torch.no_grad()
-def test_a_copied_cache_moves_into_rooms_of_its_own_even_at_the_addresses_of_another(settings: Any) -> None:
+def test_a_copied_cache_gets_storage_of_its_own_even_at_the_addresses_of_another(settings: Any) -> None:
     model, ids = tiny_student(settings=settings), tokens(2, 60)
     steps, cache = Steps(model), HybridCache(model.config)
     for start, stop in [(0, 15), *((t, t + 1) for t in range(15, 40))]:
@@ -190,17 +190,17 @@ def test_a_copied_cache_moves_into_rooms_of_its_own_even_at_the_addresses_of_ano
 
 
 @torch.no_grad()
-def test_without_memory_for_rooms_steps_run_as_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_for_static_storage_steps_run_as_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_student(), tokens(2, 60)
-    enter, entered = static_kv.InRoom.enter, []
+    make_static, entered = static_kv.StaticKVMixin.make_static, []
 
-    def full(self: static_kv.InRoom, *args: Any) -> None:
+    def full(self: static_kv.StaticKVMixin, *args: Any) -> None:
         entered.append(self)
         if len(entered) == 2:
             raise torch.OutOfMemoryError
-        enter(self, *args)
+        make_static(self, *args)
 
-    monkeypatch.setattr(static_kv.InRoom, "enter", full)
+    monkeypatch.setattr(static_kv.StaticKVMixin, "make_static", full)
     steps = Steps(model)
     found = decoded(model, ids, None, 20, steps)
     torch.testing.assert_close(found, decoded(model, ids, None, 20, None), rtol=1e-4, atol=1e-4)
