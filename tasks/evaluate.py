@@ -1,8 +1,8 @@
 """Stage `evaluate`: the student beside its teacher, in what a user would lose.
 
-Perplexity at each step, copying recall, lm-eval tasks, loss by position, writing, an audit of the student.
+Perplexity at each step, copying recall, lm-eval tasks, loss by position, generated text, an audit of the student.
 Each finished measurement is kept (`tasks.measurements.suite`), so a killed evaluation continues after the last one. Of
-models that do not fit the device only perplexity is measured, layer by layer (`tasks.measurements.streamed_models`).
+models that do not fit the device only perplexity is measured, layer by layer (`tasks.measurements.models`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     recalls: dict[str, dict[str, Any]] = {}
     results: dict[str, dict[str, Any]] = {}
     positions: dict[str, dict[str, Any]] = {}
-    writing: dict[str, dict[str, Any]] = {}
+    generations: dict[str, dict[str, Any]] = {}
     audits: dict[str, dict[str, Any]] = {}
     for step in STEPS:
         perplexities[step] = measured.perplexity(step)
@@ -47,7 +47,7 @@ def run(stage: Stage) -> Mapping[str, float]:
             if params.long_rows:
                 positions[step] = measured.positions(step)
             if params.generation_prompts:
-                writing[step] = measured.writing(step)
+                generations[step] = measured.generations(step)
         if step in AUDITED and params.audit_rows:
             audits[step] = measured.audit(step)
     perplexities["bigram"] = measured.bigram()
@@ -62,7 +62,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         "recall_samples": params.recall_samples,
         "tasks": {name: compare_task(results["teacher"][name], results["finetuned"][name]) for name in params.tasks},
         "positions": positions,
-        "generation": compare_generation(writing, ends) if writing else {},
+        "generation": compare_generation(generations, ends) if generations else {},
         "state": measured.state(),
         "audit": {**audits["teacher"], **audits["transferred"], **audits["finetuned"]} if audits else {},
         "left_out": measured.left_out,
@@ -71,21 +71,21 @@ def run(stage: Stage) -> Mapping[str, float]:
     }
     write_json(stage.out / "evaluation.json", evaluation)
     # Apart, because it is the only result that differs from run to run.
-    write_json(stage.out / "speed.json", {step: result["cost"] for step, result in writing.items()})
+    write_json(stage.out / "speed.json", {step: result["cost"] for step, result in generations.items()})
     for name in params.tasks:
         write_samples(stage.out / "samples" / f"{name}.jsonl", results["teacher"][name], results["finetuned"][name])
     draw(stage, evaluation)
     return flat_metrics(evaluation)
 
 
-def compare_generation(writing: Mapping[str, Mapping[str, Any]], end: list[int]) -> dict[str, Any]:
+def compare_generation(generations: Mapping[str, Mapping[str, Any]], end: list[int]) -> dict[str, Any]:
     """Both models' texts compared, with how many and how long they were."""
-    teacher, student = (writing[step]["tokens"] for step in MODELS)
+    teacher, student = (generations[step]["tokens"] for step in MODELS)
     compared = generation.compare_writing(teacher, student, end)
     return {
         **compared,
         "prompts": len(teacher),
-        "prompt_tokens": writing["teacher"]["prompt_tokens"],
+        "prompt_tokens": generations["teacher"]["prompt_tokens"],
         "new_tokens": len(teacher[0]),
     }
 

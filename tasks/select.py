@@ -12,7 +12,8 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.model.map_files import read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.selection import NEEDS_MODEL, Divergence, choose_softmax, student_divergence
 from tasks.reporting.figures import selection_figure
