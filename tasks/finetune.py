@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("finetune", parallel=True)  # before the imports below, which take seconds
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +23,7 @@ from lolcats_core.teacher.pin import load_teacher, load_tokenizer, read_pin, ver
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from tasks.reporting.figures import loss_figure
 from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,7 +80,3 @@ def _write_from_files(stage: Stage, adapted: PeftModel, files: WeightFiles, dtyp
         save_merged(adapted, files, dtype, stage.out / "model")
     files.close()
     distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(run, parallel=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("report")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +21,7 @@ from tasks.reporting import report_figures as figures
 from tasks.reporting.evaluation_figures import MODELS, perplexity_figure, recall_figure
 from tasks.reporting.figures import layer_figure, loss_figure, selection_figure
 from tasks.reporting.report_html import STEPS, Facts, page
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 STAGES = ("teacher", "prepare", "transfer", "select", "finetune", "evaluate")
 
@@ -127,7 +132,3 @@ def draw(
     if finetune:
         drawn["finetune_loss"] = loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-if __name__ == "__main__":
-    main(run)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("transfer", parallel=True)  # before the imports below, which take seconds
+
 from collections.abc import Mapping
 
 import torch
@@ -20,7 +25,7 @@ from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 from tasks.reporting.figures import layer_figure, loss_figure
 from tasks.runner import preflight
 from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -85,7 +90,3 @@ def run(stage: Stage) -> Mapping[str, float]:
     metrics = training_metrics(result, trainable, sum(p.numel() for p in shape.parameters()))
     metrics["streamed"] = float(streamed)
     return metrics if result.steps else metrics | {"best_validation_loss": 0.0}
-
-
-if __name__ == "__main__":
-    main(run, parallel=True)

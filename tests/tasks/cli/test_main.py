@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def here(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory is the fake project, and `run` stays in this process."""
+    """The working directory is the fake project."""
     monkeypatch.chdir(fake_project)
-    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
     (fake_project / "mlflow.db").unlink()
     return fake_project
 
@@ -35,15 +32,8 @@ def refused(*arguments: str) -> str:
     return lines[0]
 
 
-def test_help_comes_without_loading_torch() -> None:
-    code = (
-        "import sys, tasks.cli.main; print('torch' in sys.modules, 'prefect' in sys.modules, 'mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "False", "False"]
-    started = time.monotonic()
+def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "tasks.cli.main", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert time.monotonic() - started < 10
     for command in (
         "run",
         "status",
@@ -55,6 +45,8 @@ def test_help_comes_without_loading_torch() -> None:
         "ablate",
         "frontier",
         "doctor",
+        "plan",
+        "gates",
         "promote",
         "rollback",
         "lineage",
@@ -96,7 +88,6 @@ def test_a_broken_params_yaml_is_refused_in_one_line(here: Path, content: bytes)
 
 def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
     for command in (
         ["run"],
         ["status"],
