@@ -7,6 +7,11 @@ models that do not fit the device only perplexity is measured, layer by layer (`
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("evaluate")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +23,7 @@ from lolcats_core.evaluation.harness import lm_eval_version
 from lolcats_core.evaluation.paired import loss_comparison, paired_comparison, recovery
 from tasks.measurements.suite import Measurements
 from tasks.reporting.figures import MODELS, perplexity_figure, recall_figure, tasks_figure
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 STEPS = ("teacher", "swapped", "transferred", "finetuned")
 # The steps whose model the audit looks into.
@@ -168,7 +173,3 @@ def flat_metrics(evaluation: dict[str, Any]) -> dict[str, float]:
         if evaluation["audit"].get(name) is not None:
             metrics[f"audit_{name}"] = evaluation["audit"][name]
     return metrics
-
-
-if __name__ == "__main__":
-    main(run)

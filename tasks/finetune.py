@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("finetune", parallel=True)  # before the imports below, which take seconds
+
 from collections.abc import Mapping
 
 from lolcats_core import low_rank_finetune
@@ -12,7 +17,7 @@ from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from tasks.reporting.figures import loss_figure
 from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -44,7 +49,3 @@ def run(stage: Stage) -> Mapping[str, float]:
     save_student(adapted, teacher, dtype, stage.out)
     teacher.tokenizer().save_pretrained(stage.out / "model")
     return training_metrics(result, trainable, total)
-
-
-if __name__ == "__main__":
-    main(run, parallel=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("prepare")  # before the imports below, which take seconds
+
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +28,7 @@ from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import RawRecord, describe, raw_records
 from lolcats_core.teacher.pin import Teacher
 from tasks.runner.record_schemas import check_rows, rejected_records
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 REJECTED = "rejected.jsonl"
 BATCH_RECORDS, BATCH_BYTES = 1000, 2_000_000  # what is held and tokenized at a time, whichever is reached first
@@ -308,7 +313,3 @@ def _metrics(counts: Counts, splits: Mapping[str, Split]) -> dict[str, float]:
         unused = packer.filled if isinstance(packer, DocumentPacker) else packer.dropped
         metrics[f"{name}_{'filler' if isinstance(packer, DocumentPacker) else 'dropped'}_tokens"] = unused
     return metrics | {"tokens": metrics["train_tokens"] + metrics["validation_tokens"]}
-
-
-if __name__ == "__main__":
-    main(run)

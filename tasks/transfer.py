@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("transfer", parallel=True)  # before the imports below, which take seconds
+
 from collections.abc import Mapping
 
 from lolcats_common.files import write_json
@@ -15,7 +20,7 @@ from lolcats_core.training.transfer import transfer
 from tasks.reporting.figures import layer_figure, loss_figure
 from tasks.runner import preflight
 from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -51,7 +56,3 @@ def run(stage: Stage) -> Mapping[str, float]:
     trainable = sum(tensor.numel() for tensor in maps.values())
     total = sum(parameter.numel() for parameter in causal_model(student).parameters())
     return {**training_metrics(result, trainable, total), "streamed": float(streamed)}
-
-
-if __name__ == "__main__":
-    main(run, parallel=True)

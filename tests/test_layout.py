@@ -39,8 +39,8 @@ LAYERS = (
     ("tasks.measurements", "tasks.reporting"),
     ("tasks",),
     ("tasks.operations", "tasks.studies"),
-    ("flows",),
     ("tasks.cli",),
+    ("flows",),
 )
 PLAIN = {"yaml"}
 # torch itself needs filelock.
@@ -126,6 +126,13 @@ def test_the_library_imports_only_what_every_machine_of_ours_has(name: str) -> N
     assert imports(tree.body) <= others | OURS | set(sys.stdlib_module_names)
     everywhere = imports([node for node in ast.walk(tree) if isinstance(node, ast.stmt)])
     assert not everywhere & NEVER
+
+
+def test_no_command_of_the_program_needs_flows() -> None:
+    for name, file in MODULES.items():
+        if not name.startswith("flows"):
+            found = imports([node for node in ast.walk(parsed(file)) if isinstance(node, ast.stmt)])
+            assert "flows" not in found, name
 
 
 def test_only_flows_know_prefect() -> None:
