@@ -38,7 +38,8 @@ from lolcats_common.files import write_json
 from lolcats_common.params import Params
 from lolcats_core.compute import distributed
 from lolcats_core.estimation.memory import FITS, device_memory
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.layerwise import LayerwiseModel
+from lolcats_core.streaming.student import load_student
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.loop import TrainResult
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
@@ -124,15 +125,13 @@ def layer_by_layer(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for number, data in enumerate((held_out, rows)):
         begin = case.start()
         _, result, _ = streamed_attention_transfer(
-            folder,
-            llama_config(held),
-            case.settings,
+            LayerwiseModel.open(
+                folder, llama_config(held), settings=case.settings, device=case.device, dtype=case.dtype
+            ),
             data,
             held_out,
             params.transfer,
             scratch=case.scratch(f"streamed-{distributed.world()}-{number}"),
-            device=case.device,
-            dtype=case.dtype,
         )
         case.wait()
     per_layer = (time.perf_counter() - begin) / held.layers

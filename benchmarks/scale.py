@@ -43,8 +43,9 @@ from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.model.modeling import named_map_parameters
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.streaming.stopwatch import Stopwatch
+from lolcats_core.streaming.student import load_student
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.loop import total_steps
 from lolcats_core.training.low_rank_finetune import add_lora, next_token_loss
@@ -72,9 +73,8 @@ def check_streamed(work: Path, device: torch.device) -> float:
     student = load_student(work / "check", llama_config(shape), settings, **options)
     scratch = Path(tempfile.mkdtemp(dir=work))
     attention_transfer(student, rows, held_out, params, scratch=scratch / "joint")
-    maps, *_ = streamed_attention_transfer(
-        work / "check", llama_config(shape), settings, rows, held_out, params, scratch=scratch / "streamed", **options
-    )
+    layers = LayerwiseModel.open(work / "check", llama_config(shape), settings=settings, **options)
+    maps, *_ = streamed_attention_transfer(layers, rows, held_out, params, scratch=scratch / "streamed")
     expected = {name: p.detach().cpu() for name, p in named_map_parameters(student).items()}
     error = max(float((maps[name] - value).norm() / value.norm()) for name, value in expected.items())
     if not error <= TOLERANCE:
@@ -101,17 +101,9 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
             scratch, stopwatch = Path(tempfile.mkdtemp(dir=case.work)), Stopwatch(case.device)
             begin = case.start()
             if student is None:
+                layers = LayerwiseModel.open(folder, config, settings=case.settings, **where)
                 streamed_attention_transfer(
-                    folder,
-                    config,
-                    case.settings,
-                    data,
-                    held_out,
-                    params.transfer,
-                    scratch=scratch,
-                    on_disk=buffer == "disk",
-                    stopwatch=stopwatch,
-                    **where,
+                    layers, data, held_out, params.transfer, scratch=scratch, stopwatch=stopwatch
                 )
             else:
                 attention_transfer(student, data, held_out, params.transfer, scratch=scratch)

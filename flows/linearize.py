@@ -5,8 +5,10 @@ Names and order only: DVC decides what has to run, `tasks` does it.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +20,15 @@ from prefect.cache_policies import NO_CACHE
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
-from lolcats_common.params import Params, load_params
+from lolcats_common.params import Params, load_params, read_assignments
 from lolcats_common.records import Summary
 from tasks.registry.promotion import CHAMPION
 from tasks.registry.versions import version_status
 from tasks.reporting import summary
+from tasks.runner.exits import raise_terminated, run_and_report
+from tasks.runner.logs import setup_logging
 from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, first_line
-from tasks.runner.stage import raise_terminated
+from tasks.runner.processes import exit_with_supervisor
 from tasks.versioning import dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
@@ -121,16 +125,21 @@ def _parent_run(root: Path, name: str, params: Params, chosen: worktrees.Experim
     parent.finish()
 
 
-def main(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
-    """Run the flow in this process and print the table; SIGTERM ends it like Ctrl-C does.
-
-    Raises:
-        UserError: as `linearize`.
-    """
+def main() -> None:
+    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does."""
+    parser = argparse.ArgumentParser(prog="python -m flows.linearize", description=linearize.__doc__)
+    parser.add_argument("--preset")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--no-register", dest="register", action="store_false")
+    options = parser.parse_args()
+    setup_logging()
+    exit_with_supervisor()
     signal.signal(signal.SIGTERM, raise_terminated)
-    result = linearize(preset=preset, set=set, register=register)
-    summary.show(result)
-    return result
+
+    def work() -> None:
+        summary.show(linearize(options.preset, read_assignments(options.set) or None, options.register))
+
+    sys.exit(run_and_report(work, "lolcats"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """Stage `evaluate`: the student beside its teacher, in what a user would lose.
 
-Perplexity at each step, copying recall, lm-eval tasks, loss by position, writing, an audit of the student.
+Perplexity at each step, copying recall, lm-eval tasks, loss by position, generated text, an audit of the student.
 Each finished measurement is kept (`tasks.measurements.suite`), so a killed evaluation continues after the last one. Of
-models that do not fit the device only perplexity is measured, layer by layer (`tasks.measurements.streamed_models`).
+models that do not fit the device only perplexity is measured, layer by layer (`tasks.measurements.models`).
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("evaluate")  # before the imports below, which take seconds
 
 import json
 from collections.abc import Mapping
@@ -30,7 +35,7 @@ from lolcats_core.evaluation.harness import lm_eval_version
 from lolcats_core.evaluation.paired import loss_comparison, paired_comparison, recovery
 from tasks.measurements.suite import Measurements
 from tasks.reporting.figures import perplexity_figure, recall_figure, tasks_figure
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 # The steps whose model the audit looks into.
 AUDITED = ("teacher", "transferred", "finetuned")
@@ -48,7 +53,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     recalls: dict[Side, dict[str, Any]] = {}
     results: dict[Side, dict[str, Any]] = {}
     positions: dict[Side, Positions] = {}
-    writing: dict[Side, dict[str, Any]] = {}
+    generations: dict[Side, dict[str, Any]] = {}
     audits: dict[str, Audit] = {}
     for step in STEPS:
         perplexities[step] = measured.perplexity(step)
@@ -58,7 +63,7 @@ def run(stage: Stage) -> Mapping[str, float]:
             if params.long_rows:
                 positions[step] = measured.positions(step)
             if params.generation_prompts:
-                writing[step] = measured.writing(step)
+                generations[step] = measured.generations(step)
         if step in AUDITED and params.audit_rows:
             audits[step] = measured.audit(step)
     perplexities["bigram"] = measured.bigram()
@@ -73,7 +78,7 @@ def run(stage: Stage) -> Mapping[str, float]:
         "recall_samples": params.recall_samples,
         "tasks": {name: compare_task(results["teacher"][name], results["finetuned"][name]) for name in params.tasks},
         "positions": positions,
-        "generation": compare_generation(writing, ends) if writing else {},
+        "generation": compare_generation(generations, ends) if generations else {},
         "state": measured.state(),
         "audit": {**audits["teacher"], **audits["transferred"], **audits["finetuned"]} if audits else {},
         "left_out": measured.left_out,
@@ -82,20 +87,20 @@ def run(stage: Stage) -> Mapping[str, float]:
     }
     write_json(stage.out / "evaluation.json", evaluation)
     # Apart, because it is the only result that differs from run to run.
-    write_json(stage.out / "speed.json", {step: result["cost"] for step, result in writing.items()})
+    write_json(stage.out / "speed.json", {step: result["cost"] for step, result in generations.items()})
     for name in params.tasks:
         write_samples(stage.out / "samples" / f"{name}.jsonl", results["teacher"][name], results["finetuned"][name])
     draw(stage, evaluation)
     return flat_metrics(evaluation)
 
 
-def compare_generation(writing: Mapping[Side, Mapping[str, Any]], end: list[int]) -> Generation:
+def compare_generation(generations: Mapping[Side, Mapping[str, Any]], end: list[int]) -> Generation:
     """Both models' texts compared, with how many and how long they were."""
-    teacher, student = (writing[side]["tokens"] for side in SIDES)
+    teacher, student = (generations[side]["tokens"] for side in SIDES)
     return {
         **generation.compare_writing(teacher, student, end),
         "prompts": len(teacher),
-        "prompt_tokens": writing["teacher"]["prompt_tokens"],
+        "prompt_tokens": generations["teacher"]["prompt_tokens"],
         "new_tokens": len(teacher[0]),
     }
 
@@ -191,7 +196,3 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
         if (value := evaluation["audit"].get(branch)) is not None:
             metrics[f"audit_{branch}"] = value
     return metrics
-
-
-if __name__ == "__main__":
-    main(run)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("report")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +19,7 @@ from lolcats_common.files import read_json, write_json, write_text
 from lolcats_common.records import SIDES, STEPS, Evaluation, SelectionRecord
 from tasks.reporting import figures
 from tasks.reporting.report_html import Facts, page
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 STAGES = ("teacher", "prepare", "transfer", "select", "finetune", "evaluate")
 
@@ -123,7 +128,3 @@ def draw(
     if finetune:
         drawn["finetune_loss"] = figures.loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-if __name__ == "__main__":
-    main(run)

@@ -28,7 +28,8 @@ from lolcats_common.params import FinetuneParams, Params, TransferParams
 from lolcats_core.compute.device import resolve_device, resolve_dtype, seed_everything
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation.recall import copy_recall, special_ids
-from lolcats_core.model.modeling import linearize, load_feature_maps, save_feature_maps
+from lolcats_core.model.map_files import load_feature_maps, save_feature_maps
+from lolcats_core.model.modeling import linearize
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.attention_transfer import attention_transfer, evaluate_transfer
 from lolcats_core.training.loop import Rows

@@ -32,14 +32,8 @@ from lolcats_core.evaluation.results import model_hash
 from lolcats_core.model.branches import without_branch
 from lolcats_core.model.decoding.state_size import published_settings, state_size
 from lolcats_core.model.forward import causal_logits, evaluating, rows_per_forward
-from lolcats_core.model.modeling import (
-    INITIAL,
-    NOT_OF_MAPS,
-    feature_maps,
-    linearize,
-    load_feature_maps,
-    save_feature_maps,
-)
+from lolcats_core.model.map_files import INITIAL, NOT_OF_MAPS, load_feature_maps, save_feature_maps
+from lolcats_core.model.modeling import feature_maps, linearize
 from lolcats_core.training.attention_transfer import Errors, attention_transfer, head_errors
 from lolcats_core.training.loop import Rows, total_steps
 from lolcats_core.training.losses import plain_model

@@ -23,7 +23,8 @@ from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_common.params import SelectParams
 from lolcats_common.records import CandidateRecord, SelectionRecord
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters, restrict_maps
+from lolcats_core.model.map_files import restrict_maps
+from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
 from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden
@@ -158,7 +159,7 @@ def select(
     Raises:
         UserError: the budget does not fit the model.
     """
-    settings = LinearizeConfig(**student.config.linearize)
+    settings = LinearizeConfig.from_dict(student.config.linearize)
     if errors is None:
         errors = head_errors(student, rows, params.rows, params.rows) if feature_maps(student) else {}
     divergence = None

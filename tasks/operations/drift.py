@@ -12,7 +12,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.packing import DocumentPacker
-from lolcats_core.data.records import Encoder, RecordError, detect_shape, pieces
+from lolcats_core.data.records import Encoder, RecordError, detect_shape, segments_of
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import raw_records
 from lolcats_core.training.perplexity import perplexity
@@ -83,7 +83,9 @@ def _rows(root: Path, data: DataParams, tokenizer: Any, vocab_size: int, limit: 
             if raw.fields is None:
                 continue
             try:
-                document = pieces(raw.fields, cast(Any, detect_shape(raw.fields, data.format)), completion, tokenizer)
+                document = segments_of(
+                    raw.fields, cast(Any, detect_shape(raw.fields, data.format)), completion, tokenizer
+                )
             except (RecordError, UnicodeEncodeError):
                 continue
             for tokens, targets in encoder.encode([document]):

@@ -14,7 +14,7 @@ from lolcats_common.files import write_json
 from lolcats_common.params import Params, params_from_dict
 from lolcats_core.compute.device import resolve_device
 from tasks import evaluate, finetune, inputs, prepare, report, select, teacher, transfer
-from tasks.measurements import streamed_models
+from tasks.measurements import models
 from tasks.runner import preflight
 from tests.core.evaluation.test_code_continuation import code
 from tests.core.tiny import byte_teacher, byte_tokenizer
@@ -134,7 +134,7 @@ def parameters_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, se
             again = RecordedStage(root, name, params_from_dict({**VALUES, section: {**VALUES[section], **change}}), "b")
             run(again)
             read[name] |= again.read
-    monkeypatch.setattr(streamed_models, "needed", lambda *arguments: True)
+    monkeypatch.setattr(models, "device_memory", lambda device: 0.0)
     layered = RecordedStage(root, "evaluate", params_from_dict(VALUES), "layers")
     evaluate.run(layered)  # type: ignore[arg-type]
     read["evaluate"] |= layered.read
