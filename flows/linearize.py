@@ -21,8 +21,9 @@ from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
 from lolcats_common.params import Params, load_params, read_assignments
-from tasks.registry import promotion
+from lolcats_common.records import Summary
 from tasks.registry.promotion import CHAMPION
+from tasks.registry.versions import version_status
 from tasks.reporting import summary
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
@@ -47,7 +48,7 @@ def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
 
 
 @flow(name="linearize", validate_parameters=False)
-def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
+def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 
     Overrides run in a worktree of their own (`tasks.versioning.worktrees`) and end as a DVC experiment. Returns the
@@ -71,7 +72,7 @@ def pipeline(
     register: bool = True,
     promote: bool = False,
     keep: Callable[[str], object] = lambda version: None,
-) -> dict[str, Any]:
+) -> Summary:
     """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
 
     Args:
@@ -91,16 +92,15 @@ def pipeline(
         if chosen:
             worktrees.save(chosen)
         version = register_model(work, params, parent.id) if register else None
-        gates = None
+        status = None
         if version:
             keep(version.version)
-            standing = promotion.standing(root, version.name, version.version)
-            if standing.passed is None or (promote and CHAMPION not in standing.aliases):
-                run_gates(root, version.name, params.gates, version.version)
-            if promote and promotion.standing(root, version.name, version.version).passed:
-                promote_version(root, version.name, version.version)
-            gates = promotion.standing(root, version.name, version.version)
-        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None, gates)
+            status = version_status(root, version.name, version.version)
+            if status.passed is None or (promote and CHAMPION not in status.aliases):
+                status = run_gates(root, version.name, params.gates, version.version)
+            if promote and status.passed:
+                status = promote_version(root, version.name, version.version)
+        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None, status)
         parent.log_metrics(summary.headline(result))
         parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
         parent.log_text(summary.markdown(result), "summary.md")
