@@ -32,6 +32,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import read_yaml
+from lolcats_common.tables import markdown_table, number
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.arrays import TokenFileRows
 from lolcats_core.data.rows import TokenRows
@@ -132,15 +133,15 @@ def markdown(results: Mapping[str, Any]) -> str:
     teacher, measures = results["teacher"], results["measures"]
     gaps = [str(gap) for gap in measures["recall_gaps"]]
     recall = ", ".join(f"{gap}: {teacher['recall'][gap]:.3f}" for gap in gaps)
-    lines = [
-        f"Teacher: {teacher['parameters'] / 1e6:.1f}M parameters, perplexity {teacher['perplexity']:.4g}, recall at "
-        f"{recall}. State at {measures['context']} tokens of one sequence; linear and window off on "
-        f"{measures['audit_rows']} rows, over the perplexity there.",
-        "",
-        f"| recipe | seeds | PPL / teacher before LoRA | PPL / teacher | {' | '.join(f'recall{g} / t.' for g in gaps)} "
-        "| same token | same start | linear off | window off | constant kB | x published state | share of kv cache |",
-        "|" + "---|" * (11 + len(gaps)),
-    ]
+    head = (
+        f"Teacher: {teacher['parameters'] / 1e6:.1f}M parameters, perplexity {number(teacher['perplexity'])}, recall "
+        f"at {recall}. State at {measures['context']} tokens of one sequence; linear and window off on "
+        f"{measures['audit_rows']} rows, over the perplexity there."
+    )
+    header = ["recipe", "seeds", "PPL / teacher before LoRA", "PPL / teacher", *(f"recall{g} / t." for g in gaps)]
+    header += ["same token", "same start", "linear off", "window off"]
+    header += ["constant kB", "x published state", "share of kv cache"]
+    rows = []
     for name in dict.fromkeys(row["recipe"] for row in results["rows"]):
         found = [row for row in results["rows"] if row["recipe"] == name]
         state = next((row["finetuned"]["state"] for row in found if row["finetuned"]), None)
@@ -158,8 +159,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             mean(lambda m: _over(m.get("window_off"), m.get("audited"))),
             *(("-", "-", "-") if state is None else _state_cells(state)),
         ]
-        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, str(len(found)), *cells])
+    return f"{head}\n\n{markdown_table(header, rows)}\n"
 
 
 def _state_cells(state: Mapping[str, float]) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from lolcats_common.files import write_json, write_text
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params
+from lolcats_common.tables import markdown_table, number
 from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Budget, published_trial
 from lolcats_core.experiments.study import StudyContext
 
@@ -116,7 +117,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     teacher, budget = report["teacher"], report["budget"]
     lines = [
         f"Teacher: {teacher['source']}, {teacher['parameters'] / 1e6:.1f}M parameters, perplexity "
-        f"{_number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
+        f"{number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
         f"{budget['batch_size']} x {budget['sequence_length']} tokens at learning rates {budget['transfer_lr']:g} "
         f"and {budget['finetune_lr']:g}; without transfer, maps and LoRA together for both, at the latter. "
         f"Perplexity over {budget['eval_rows']} validation rows; recall: copying at gap {budget['recall_gap']}.",
@@ -124,30 +125,26 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     grid = {row["label"]: row for row in report["rows"] if row["section"] == "grid"}
     if grid:
-        lines += _grid_lines(grid)
+        lines += [_grid_table(grid), ""]
     for section, title in TITLES.items():
         chosen = [row for row in report["rows"] if row["section"] == section]
         if chosen:
-            lines += [f"| {title} | PPL before LoRA | PPL | recall |", "|---|---|---|---|"]
-            lines += [f"| {row['label']} | {_all_cells(row)} |" for row in chosen]
-            lines.append("")
+            cells = [(row["label"], *_perplexities(row), _recall(row)) for row in chosen]
+            lines += [markdown_table((title, "PPL before LoRA", "PPL", "recall"), cells), ""]
     lines += ordering_lines([Claim(**claim) for claim in report["ordering"]])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _grid_lines(grid: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _grid_table(grid: Mapping[str, Mapping[str, Any]]) -> str:
     """The paper's form: one line per attention, without transfer beside with it."""
-    lines = [
-        "| feature map, window, key maps per | Swap & Finetune: PPL before LoRA | PPL "
-        "| + Attention Transfer: PPL before LoRA | PPL | recall |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label in grid:
+    without = ("Swap & Finetune: PPL before LoRA", "PPL")
+    transferred = ("+ Attention Transfer: PPL before LoRA", "PPL", "recall")
+    rows = []
+    for label, row in grid.items():
         name, _, kind = label.rpartition(", ")
         if kind == "transfer":
-            without, row = grid[f"{name}, no transfer"], grid[label]
-            lines.append(f"| {name} | {_cells(without)} | {_all_cells(row)} |")
-    return [*lines, ""]
+            rows.append((name, *_perplexities(grid[f"{name}, no transfer"]), *_perplexities(row), _recall(row)))
+    return markdown_table(("feature map, window, key maps per", *without, *transferred), rows)
 
 
 def ordering_lines(claims: Sequence[Claim]) -> list[str]:
@@ -160,14 +157,9 @@ def ordering_lines(claims: Sequence[Claim]) -> list[str]:
     return lines + [f"- {'holds' if c.holds else 'DOES NOT HOLD'}: {c.text}: {c.numbers}" for c in claims]
 
 
-def _cells(row: Mapping[str, Any]) -> str:
-    return f"{_number(row['before'])} | {_number(row['after'])}"
+def _perplexities(row: Mapping[str, Any]) -> tuple[str, str]:
+    return number(row["before"], "diverged"), number(row["after"], "diverged")
 
 
-def _all_cells(row: Mapping[str, Any]) -> str:
-    recall = "diverged" if row["recall"] is None else f"{row['recall']:.3f}"
-    return f"{_cells(row)} | {recall}"
-
-
-def _number(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def _recall(row: Mapping[str, Any]) -> str:
+    return "diverged" if row["recall"] is None else f"{row['recall']:.3f}"

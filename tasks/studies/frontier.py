@@ -18,6 +18,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file, write_json, write_text
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params
+from lolcats_common.tables import markdown_table, number
 from lolcats_core.experiments.study import EvalSettings
 from lolcats_core.experiments.trials import Trial, cache_budgets, run_trials
 from lolcats_core.training.selection import budget_count
@@ -85,22 +86,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     teacher, steps = report["teacher"], _steps(report)
     gaps = list(teacher["recall"])
     titles = [f"PPL / teacher, {step}" for step in steps] + [f"recall {gap}, {step}" for step in steps for gap in gaps]
-    lines = [
-        f"Teacher: {teacher['source']}, perplexity {teacher['perplexity']:.4g}, recall "
-        f"{', '.join(f'{gap}: {value:.3f}' for gap, value in teacher['recall'].items())}. Softmax kept by "
-        f"{report['criterion'].replace('_', ' ')}.",
-        "",
-        f"| kv cache kept | softmax in | {' | '.join(titles)} |",
-        "|" + "---|" * (2 + len(titles)),
-    ]
+    recalls = ", ".join(f"{gap}: {value:.3f}" for gap, value in teacher["recall"].items())
+    head = f"Teacher: {teacher['source']}, perplexity {number(teacher['perplexity'])}, recall {recalls}. "
+    head += f"Softmax kept by {report['criterion'].replace('_', ' ')}."
+    rows = []
     for point in report["points"]:
         measured = [point[step] for step in steps]
         cells = ["diverged" if m is None else f"{m['perplexity'] / teacher['perplexity']:.4f}" for m in measured]
         cells += ["diverged" if m is None else f"{m['recall'][gap]:.3f}" for m in measured for gap in gaps]
         kept = point["selection"]
         chosen = ["-", "-"] if kept is None else [f"{kept['cache_ratio']:.1%}", _kept(kept["linearize"])]
-        lines.append(f"| {' | '.join(chosen + cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(chosen + cells)
+    return f"{head}\n\n{markdown_table(('kv cache kept', 'softmax in', *titles), rows)}\n"
 
 
 def _steps(report: Mapping[str, Any]) -> list[str]:
