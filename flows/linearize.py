@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
-from lolcats_common.params import Params, load_params, read_assignments
+from lolcats_common.params import read_assignments
 from tasks.registry import promotion
 from tasks.registry.promotion import CHAMPION
 from tasks.reporting import summary
@@ -58,15 +58,14 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
     """
     root = project_root()
     if runtime.deployment.id:
-        worktrees.confine(root, set)
-    chosen = worktrees.prepare(root, preset, set) if preset or set else None
-    return pipeline(root, "linearize", chosen, register=register)
+        worktrees.check_allowed_sources(root, set)
+    return pipeline(root, "linearize", worktrees.workplace(root, preset, set), register=register)
 
 
 def pipeline(
     root: Path,
     name: str,
-    chosen: worktrees.Experiment | None,
+    worktree: worktrees.Worktree,
     *,
     register: bool = True,
     promote: bool = False,
@@ -75,21 +74,18 @@ def pipeline(
     """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
 
     Args:
-        name: of the MLflow run. chosen: where to run, None for the checkout itself.
+        name: of the MLflow run.
         keep: called with the number of the registered version, before its gates.
 
     Raises:
         UserError: as `linearize`.
     """
-    params = chosen.params if chosen else load_params(root / "params.yaml")
-    work, environment = (chosen.root, chosen.environment) if chosen else (root, {})
+    work, params = worktree.root, worktree.params
     close_abandoned(root, name)
-    with _parent_run(root, name, params, chosen) as parent:
-        stages = [
-            stage(name, work, {**environment, PARENT_VARIABLE: parent.id}) for name, stage in stage_tasks(work).items()
-        ]
-        if chosen:
-            worktrees.save(chosen)
+    with _parent_run(root, name, worktree) as parent:
+        environment = {**worktree.environment, PARENT_VARIABLE: parent.id}
+        stages = [stage(name, work, environment) for name, stage in stage_tasks(work).items()]
+        worktrees.save(worktree)
         version = register_model(work, params, parent.id) if register else None
         gates = None
         if version:
@@ -100,7 +96,7 @@ def pipeline(
             if promote and promotion.standing(root, version.name, version.version).passed:
                 promote_version(root, version.name, version.version)
             gates = promotion.standing(root, version.name, version.version)
-        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None, gates)
+        result = summary.build(work, stages, version, parent.id, worktree.name, gates)
         parent.log_metrics(summary.headline(result))
         parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
         parent.log_text(summary.markdown(result), "summary.md")
@@ -110,10 +106,10 @@ def pipeline(
 
 
 @contextmanager
-def _parent_run(root: Path, name: str, params: Params, chosen: worktrees.Experiment | None) -> Iterator[Run]:
+def _parent_run(root: Path, name: str, worktree: worktrees.Worktree) -> Iterator[Run]:
     """The MLflow run that the stages' runs hang from; ends as FAILED or KILLED where the block does not end well."""
-    tags = device_tags() | ({"dvc.experiment": chosen.name} if chosen else {})
-    parent = Run.start(root, name, params=params, tags=tags)
+    tags = device_tags() | ({"dvc.experiment": worktree.name} if worktree.name else {})
+    parent = Run.start(root, name, params=worktree.params, tags=tags)
     try:
         yield parent
     except Exception as error:
