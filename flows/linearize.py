@@ -9,7 +9,7 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from prefect.cache_policies import NO_CACHE
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
-from lolcats_common.params import read_assignments
-from tasks.registry import promotion
+from lolcats_common.params import GatesParams, read_assignments
+from lolcats_common.records import Summary
 from tasks.registry.promotion import CHAMPION
+from tasks.registry.register import RegisteredVersion
+from tasks.registry.versions import VersionStatus, version_status
 from tasks.reporting import summary
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
@@ -47,7 +49,7 @@ def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
 
 
 @flow(name="linearize", validate_parameters=False)
-def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
+def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 
     Overrides run in a worktree of their own (`tasks.versioning.worktrees`) and end as a DVC experiment. Returns the
@@ -70,7 +72,7 @@ def pipeline(
     register: bool = True,
     promote: bool = False,
     keep: Callable[[str], object] = lambda version: None,
-) -> dict[str, Any]:
+) -> Summary:
     """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
 
     Args:
@@ -80,28 +82,54 @@ def pipeline(
     Raises:
         UserError: as `linearize`.
     """
-    work, params = worktree.root, worktree.params
     close_abandoned(root, name)
     with _parent_run(root, name, worktree) as parent:
-        environment = {**worktree.environment, PARENT_VARIABLE: parent.id}
-        stages = [stage(name, work, environment) for name, stage in stage_tasks(work).items()]
-        worktrees.save(worktree)
-        version = register_model(work, params, parent.id) if register else None
-        gates = None
+        stages = run_stages(worktree, parent)
+        version = register_model(worktree.root, worktree.params, parent.id) if register else None
+        status = None
         if version:
             keep(version.version)
-            standing = promotion.standing(root, version.name, version.version)
-            if standing.passed is None or (promote and CHAMPION not in standing.aliases):
-                run_gates(root, version.name, params.gates, version.version)
-            if promote and promotion.standing(root, version.name, version.version).passed:
-                promote_version(root, version.name, version.version)
-            gates = promotion.standing(root, version.name, version.version)
-        result = summary.build(work, stages, version, parent.id, worktree.name, gates)
-        parent.log_metrics(summary.headline(result))
-        parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
-        parent.log_text(summary.markdown(result), "summary.md")
-        show(summary.markdown(result), "summary", "Teacher beside student")
-        summary.write(root, result)
+            status = deliver(root, version, worktree.params.gates, promote)
+        return summarize(root, worktree, parent, stages, version, status)
+
+
+def run_stages(worktree: worktrees.Worktree, parent: Run) -> list[dvc_graph.Reproduced]:
+    """Bring every stage up to date, one after the other, and save the result of overrides as a DVC experiment."""
+    environment = {**worktree.environment, PARENT_VARIABLE: parent.id}
+    stages = [stage(name, worktree.root, environment) for name, stage in stage_tasks(worktree.root).items()]
+    worktrees.save(worktree)
+    return stages
+
+
+def deliver(root: Path, version: RegisteredVersion, gates: GatesParams, promote: bool) -> VersionStatus:
+    """Run a version's gates where they have not run and, with `promote`, make it the champion if it passed them.
+
+    With `promote` the gates of any version but the champion run again: the champion they compare with may be another.
+    """
+    status = version_status(root, version.name, version.version)
+    if status.passed is None or (promote and CHAMPION not in status.aliases):
+        status = run_gates(root, version.name, gates, version.version)
+    if promote and status.passed:
+        status = promote_version(root, version.name, version.version)
+    return status
+
+
+def summarize(
+    root: Path,
+    worktree: worktrees.Worktree,
+    parent: Run,
+    stages: Sequence[dvc_graph.Reproduced],
+    version: RegisteredVersion | None,
+    status: VersionStatus | None,
+) -> Summary:
+    """Write the summary of a finished run into reports/, to MLflow and to Prefect."""
+    result = summary.build(worktree.root, stages, version, parent.id, worktree.name, status)
+    page = summary.markdown(result)
+    parent.log_metrics(summary.headline(result))
+    parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
+    parent.log_text(page, "summary.md")
+    show(page, "summary", "Teacher beside student")
+    summary.write(root, result)
     return result
 
 

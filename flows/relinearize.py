@@ -62,7 +62,10 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, re
         _commit(root, worktree, version, found)
 
     result = pipeline(root, relinearization.NAME, worktree, promote=True, keep=keep)
-    version, gates = result["registered"]["version"], result["gates"]
+    registered, gates = result["registered"], result["gates"]
+    assert registered is not None
+    assert gates is not None
+    version = registered["version"]
     if not gates["passed"]:
         message = f"version {version} is refused, the champion stays: {gates['reasons']}"
         log.warning(message)

@@ -48,7 +48,7 @@ NUMERICAL = {"torch", "transformers", "peft", "safetensors", "triton", "numpy", 
 OURS = {"lolcats_common", "lolcats_core", "lolcats_kernels"}
 NEVER = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 # Documents that a run writes.
-WRITTEN = {"ablation.md", "frontier.md", "summary.md"}
+WRITTEN = {"ablation.md", "frontier.md", "model_card.md", "summary.md"}
 # A folder's floor that can be taken in at one look.
 FLOOR = 14
 

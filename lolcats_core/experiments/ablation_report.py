@@ -11,7 +11,9 @@ from typing import Any
 from lolcats_common.files import write_json, write_text
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.machine import device_tags, versions
-from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Setting, base_of, teacher_row
+from lolcats_common.params import Params
+from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Budget, published_trial
+from lolcats_core.experiments.study import StudyContext
 
 TITLES = {
     "lora_rank": "LoRA rank",
@@ -35,7 +37,7 @@ def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: Lineariz
     """The orderings of the paper's ablation, held against the grid.
 
     Args:
-        measured: results by the label of the grid's rows (`rows`).
+        measured: rows by the label of the grid's trials (`ablation.trials`).
 
     Raises:
         KeyError: the grid is not complete.
@@ -72,24 +74,29 @@ def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: Lineariz
     ]
 
 
-def report_on(setting: Setting, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def report_on(
+    study: StudyContext, params: Params, budget: Budget, source: str, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Everything that the table needs, as plain JSON values, with the teacher's own measurements.
 
     Args:
-        source: the teacher's name. results: of `ablation.run`.
+        source: the teacher's name.
+        rows: of `ablation.run`.
     """
-    grid = {row["label"]: row for row in results if row["section"] == "grid"}
-    base = base_of(setting.linearize, setting.finetune, setting.budget).linearize
+    grid = {row["label"]: row for row in rows if row["section"] == "grid"}
+    base = published_trial(params, budget).linearize
+    teacher = study.teacher_row
     return {
         "teacher": {
             "source": source,
-            "parameters": sum(p.numel() for p in setting.teacher.parameters()),
-            **teacher_row(setting),
+            "parameters": sum(p.numel() for p in study.teacher.parameters()),
+            "perplexity": teacher["perplexity"],
+            "recall": teacher["recall"][str(budget.recall_gap)],
         },
-        "budget": dataclasses.asdict(setting.budget)
-        | {"sequence_length": int(setting.train_rows.sequence_length)}
-        | {"transfer_lr": setting.transfer.lr, "finetune_lr": setting.finetune.lr},
-        "rows": results,
+        "budget": dataclasses.asdict(budget)
+        | {"sequence_length": int(study.train_rows.sequence_length)}
+        | {"transfer_lr": params.transfer.lr, "finetune_lr": params.finetune.lr},
+        "rows": rows,
         "ordering": [dataclasses.asdict(claim) for claim in published_ordering(grid, base)] if grid else [],
         "hardware": device_tags(),
         "versions": versions(),

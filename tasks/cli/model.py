@@ -85,6 +85,6 @@ def _model_path(model: str | None) -> Path:
         raise UserError("outputs/finetune/model is missing; run `lolcats run` first, or give --model DIR")
     if path.exists():
         raise UserError(f"--model {model}: no config.json or delta.json in it, so it is no model directory")
-    from tasks.registry.register import download
+    from tasks.registry.versions import download
 
     return download(root, load_params(root / "params.yaml").register.name, model)

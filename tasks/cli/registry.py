@@ -37,9 +37,9 @@ def register_command() -> None:
 def gates(version: Version = "candidate") -> None:
     """Run the gates of params.yaml on a version; one that passes becomes the challenger. Exit code 1 if refused."""
     root, params = _project()
-    from tasks.registry.promotion import examine
+    from tasks.registry.promotion import run_gates
 
-    report = examine(root, params.register.name, params.gates, version)
+    report, _ = run_gates(root, params.register.name, params.gates, version)
     print(report.markdown())
     if not report.passed:
         raise typer.Exit(1)
@@ -51,7 +51,8 @@ def promote(version: Version = "challenger") -> None:
     root, params = _project()
     from tasks.registry import promotion
 
-    print(f"{params.register.name} version {promotion.promote(root, params.register.name, version)} is the champion.")
+    status = promotion.promote(root, params.register.name, version)
+    print(f"{params.register.name} version {status.version} is the champion.")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
+from lolcats_common.records import Audit, Positions, StateBytes
 from lolcats_core import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
@@ -64,7 +65,7 @@ class Measurements:
         self.cache = ResultCache(stage.results, [Path(__file__), Path(models.__file__)])
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
-    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
         """The result of `measure`, from the scratch directory where an earlier, cut-short run left it."""
         file = self.stage.scratch / "measured" / f"{name}.json"
         try:
@@ -75,8 +76,8 @@ class Measurements:
             return result
 
     def cached(
-        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+    ) -> Any:
         """As `kept`, and from the result cache where this very model was measured before under the same settings."""
 
         def look_up() -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Measurements:
 
         return self.kept(f"{name}-{step}", look_up)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> StateBytes:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
         config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
         return state_facts(config, LinearizeConfig.from_dict(config.linearize), self.models.dtype)
@@ -131,13 +132,13 @@ class Measurements:
 
         return self.cached(step, f"recall-{gap}", {"samples": self.params.recall_samples}, measure)
 
-    def positions(self, step: str) -> dict[str, Any]:
+    def positions(self, step: str) -> Positions:
         """Loss by position in rows longer than those of training."""
         context = self.teacher_facts()["context"]
         length = LONG_FACTOR * int(self.rows.sequence_length)
         length = min(length, context) if context else length
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Mapping[str, Any]:
             batch = position.joined_rows(self.rows, length, self.params.long_rows)
             count, tokens = batch["input_ids"].shape
             with progress(count, f"loss by position of the {step} model") as bar:
@@ -198,11 +199,11 @@ class Measurements:
 
         return self.kept("teacher-facts", look)
 
-    def audit(self, step: str) -> dict[str, Any]:
+    def audit(self, step: str) -> Audit:
         """The teacher's entropy, the error by head of the transferred model, or the branches of the finetuned one."""
         count, rows = self.params.audit_rows, self.rows
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Audit:
             logger.info("audit of the %s model", step)
             model = self.models.get(step)
             if step == "teacher":

@@ -15,7 +15,7 @@ from lolcats_common.errors import Unavailable
 from lolcats_common.files import sha256_json
 from lolcats_common.params import Params, read_yaml
 from lolcats_core.data import sources
-from tasks.registry import promotion, register
+from tasks.registry import promotion, register, versions
 from tasks.runner.mlflow_run import connect, first_line
 from tasks.versioning import dvc_graph, lock_commits, worktrees
 
@@ -79,15 +79,15 @@ def changes(root: Path, chosen: worktrees.Worktree) -> dict[str, list[str]]:
 def _unfinished(root: Path, chosen: worktrees.Worktree) -> dict[str, list[str]]:
     """What is missing for the present result; a version that was rolled back is finished, and stays where it is."""
     client, name = connect(root), chosen.params.register.name
-    version = register.find_model(client, name, register.current_md5(chosen.root))
+    version = versions.find_model(client, name, register.current_md5(chosen.root))
     if version is None:
         return {"register": ["the last result was not registered"]}
     if BRANCH_TAG not in version.tags:
         return {"commit": ["the last result was not committed"]}
-    standing = promotion.standing(root, name, str(version.version))
-    if standing.passed is None:
+    status = versions.version_status(root, name, str(version.version))
+    if status.passed is None:
         return {"gates": ["the last result was not examined"]}
-    if promotion.CHALLENGER in standing.aliases:
+    if promotion.CHALLENGER in status.aliases:
         return {"promote": ["the last result passed its gates and was not promoted"]}
     return {}
 

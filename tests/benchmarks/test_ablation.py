@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation, teacher
+from lolcats_core.data.arrays import ArrayRows
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.pretraining import corpus, pretrain
-from lolcats_core.pretraining.data import ArrayRows
 from tests.core.pretraining.test_corpus import code, install
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_common.params import FinetuneParams
-from lolcats_core.experiments.ablation import Budget, rows
+from lolcats_common.params import Params
+from lolcats_core.experiments.ablation import Budget, trials
 from lolcats_core.experiments.ablation_report import markdown, ordering_lines, published_ordering
 from tests.core.experiments.test_ablation import grid
 
@@ -18,9 +18,10 @@ def report(**changed: float) -> dict[str, Any]:
     budget = Budget(steps=20)
     measured = grid(**changed)
     found = []
-    for row in rows(BASE, FinetuneParams(), budget, [("q_proj", "v_proj")]):
-        result = measured.get(row.label.replace("kv_head", "query_head"), {"before": 50.0, "after": 4321.0})
-        found.append({"section": row.section, "label": row.label, "recall": 0.25, **result})
+    for trial in trials(Params(), budget, [("q_proj", "v_proj")]):
+        section, _, label = trial.name.partition("/")
+        result = measured.get(label.replace("kv_head", "query_head"), {"before": 50.0, "after": 4321.0})
+        found.append({"section": section, "label": label, "recall": 0.25, **result})
     return {
         "teacher": {"source": "builtin", "parameters": 5_600_000, "perplexity": 9.5, "recall": 1.0},
         "budget": {**dataclasses.asdict(budget), "sequence_length": 512, "transfer_lr": 1e-2, "finetune_lr": 1e-3},
