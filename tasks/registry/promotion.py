@@ -61,8 +61,8 @@ def set_tag(root: Path, name: str, version: str, key: str, value: str) -> None:
 def run_gates(root: Path, name: str, gates: GatesParams, which: str) -> tuple[GateReport, VersionStatus]:
     """Run the gates on a version, keep the report with it, and make it the challenger if it passes.
 
-    The report is a tag of the version and, as gates/version-<number>.md and .json, an artifact of its run. The status is the
-    version's afterwards.
+    The report is a tag of the version and, as gates/version-<number>.md and .json, an artifact of its run. The status
+    is the version's afterwards.
 
     Raises:
         Unavailable: the store cannot be used.
