@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from lolcats_common.params import load_params
+from lolcats_common.params import load_params, read_assignments
 from lolcats_common.project import find_root
-from tasks.cli.options import Overrides, Preset, workplace
+from tasks.cli.options import Overrides, Preset
 from tasks.runner.logs import setup_logging
+from tasks.versioning import worktrees
 
 app = typer.Typer()
 
@@ -49,13 +50,13 @@ def ablate(
     """
     setup_logging()
     root = find_root()
-    work, params, environment = workplace(root, preset, set)
+    work = worktrees.workplace(root, preset, read_assignments(set or []))
     from lolcats_core.experiments.ablation import SECTIONS, Budget
     from lolcats_core.experiments.ablation_report import markdown
     from tasks.studies import ablate as study
 
     budget = Budget(steps=steps, batch_size=batch_size, eval_rows=eval_rows)
-    report = study.ablate(work, params, budget, section or SECTIONS, environment, store=root)
+    report = study.ablate(work.root, work.params, budget, section or SECTIONS, work.environment, store=root)
     print(f"\n{markdown(report)}\nWritten to reports/ablation.md and reports/ablation.json.")
 
 
@@ -71,9 +72,9 @@ def frontier(
     """Measure perplexity and recall against the size of the cache; continues where it was."""
     setup_logging()
     root = find_root()
-    work, params, environment = workplace(root, preset, set)
+    work = worktrees.workplace(root, preset, read_assignments(set or []))
     from tasks.studies import frontier as study
 
     ratios = ratio or study.RATIOS
-    report = study.frontier(work, params, ratios, finetune=finetune, environment=environment, store=root)
+    report = study.frontier(work.root, work.params, ratios, finetune=finetune, environment=work.environment, store=root)
     print(f"\n{study.markdown(report)}\nWritten to reports/frontier.md, .json and .png.")

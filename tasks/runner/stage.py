@@ -100,6 +100,9 @@ class Stage:
         _without_failing(f"dataset {name}", self._run.log_dataset, name, source, digest, context, profile)
 
 
+Work = Callable[[Stage], Mapping[str, float]]  # what a stage does; it returns its metrics
+
+
 def _without_failing(what: str, function: Callable[..., None], *arguments: Any) -> None:
     try:
         function(*arguments)
@@ -138,18 +141,12 @@ def _content(path: Path, dep: str, stage: str) -> str:
     return sha256_tree(path)
 
 
-def main(
-    name: str,
-    run: Callable[[Stage], Mapping[str, float]] | None = None,
-    *,
-    parallel: bool = False,
-    tracked: bool = True,
-) -> NoReturn:
+def main(name: str, run: Work | None = None, *, parallel: bool = False, tracked: bool = True) -> NoReturn:
     """Run one stage in the current directory and exit: 0, 1 after one line for the user, 143 or 130 when ended.
 
     Args:
-        run: the stage's work, by default `run` of the module ``tasks.<name>``, which is imported once params.yaml was
-            read: a stage calls `main` above its own imports.
+        run: by default that of the module ``tasks.<name>``, which is imported once params.yaml was read; so a stage
+            calls `main` above its own imports.
         parallel: several processes can do the stage; they do when `compute.processes` says so.
         tracked: the stage is an MLflow run.
     """
@@ -173,10 +170,8 @@ def _launch(name: str, root: Path) -> None:
     except UserError:
         return  # said by `execute`
     if processes > 1:
-        from lolcats_core.compute.distributed import (
-            threads,
-            torchrun,
-        )  # imports torch, which a single process does later
+        # This imports torch, which a single process does later.
+        from lolcats_core.compute.distributed import threads, torchrun
 
         command = [sys.executable, *torchrun(processes), "-m", f"tasks.{name}"]
         os.execve(sys.executable, command, threads(processes))
@@ -208,13 +203,7 @@ class Untracked:
         pass
 
 
-def execute(
-    name: str,
-    root: Path,
-    run: Callable[[Stage], Mapping[str, float]] | None = None,
-    *,
-    tracked: bool = True,
-) -> int:
+def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = True) -> int:
     """Run one stage in `root` and return its exit code; a user's error is one line, printed and left for the flow."""
     error_file = root / ".scratch" / name / ERROR
 
@@ -238,7 +227,7 @@ def execute(
     return run_and_report(work, name, on_error)
 
 
-def _run_worker_rank(name: str, root: Path, run: Callable[[Stage], Mapping[str, float]] | None) -> None:
+def _run_worker_rank(name: str, root: Path, run: Work | None) -> None:
     """Run the stage on a rank other than 0: it computes but writes and logs nothing."""
     params = load_params(root / "params.yaml")
     scratch = root / ".scratch" / name / scratch_key(name, root, params)
@@ -249,10 +238,10 @@ def _run_worker_rank(name: str, root: Path, run: Callable[[Stage], Mapping[str, 
         _leave_group()
 
 
-def _imported(name: str) -> Callable[[Stage], Mapping[str, float]]:
+def _imported(name: str) -> Work:
     """`run` of the stage's module, whose imports take seconds."""
-    run: Callable[[Stage], Mapping[str, float]] = importlib.import_module(f"tasks.{name}").run
-    return run
+    work: Work = importlib.import_module(f"tasks.{name}").run
+    return work
 
 
 def _computes() -> bool:
@@ -276,7 +265,7 @@ def _leave_group() -> None:
         distributed.finish()
 
 
-def _run_stage(name: str, root: Path, run: Callable[[Stage], Mapping[str, float]] | None, tracked: bool) -> None:
+def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
     params = load_params(root / "params.yaml")
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key

@@ -111,10 +111,9 @@ def parameters_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, se
     for index in range(24):
         (root / "text" / f"{index}.py").write_text(code(20).replace("\n", f"  # {index}\n", 3))
 
-    read = {"inputs": set[str]()}
-    monkeypatch.setattr(inputs, "load_params", lambda path: watched(params_from_dict(VALUES), read["inputs"]))
-    inputs.write(root)
+    read: dict[str, set[str]] = {}
     stages: dict[str, Callable[[Any], Mapping[str, float]]] = {
+        "inputs": inputs.run,
         "teacher": teacher.run,
         "prepare": prepare.run,
         "transfer": transfer.run,

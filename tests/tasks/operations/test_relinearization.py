@@ -52,7 +52,7 @@ def test_what_a_run_that_was_cut_short_left_undone_is_found_and_a_rolled_back_ve
 ) -> None:
     monkeypatch.setattr(dvc_graph, "refresh", lambda root, env: None)
     params = load_params(finished / "params.yaml")
-    chosen = worktrees.Experiment("relinearize", finished, params, {})
+    chosen = worktrees.Worktree("relinearize", finished, params, {})
 
     def undone() -> list[str]:
         return list(relinearization.changes(finished, chosen))
