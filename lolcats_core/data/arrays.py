@@ -1,6 +1,7 @@
-"""Rows cut from one array of token ids, in memory or in a .npy file."""
+"""Rows cut from one array of token ids, in memory or in a .npy file.
 
 # n rows asked for, N tokens of the array, L sequence_length
+"""
 
 from __future__ import annotations
 

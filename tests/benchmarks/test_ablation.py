@@ -76,11 +76,12 @@ def test_rows_are_a_spread_of_the_corpus_in_random_order(tmp_path: Path) -> None
     assert sorted(found) == expected != found
 
 
-def test_neither_needs_what_a_gpu_machine_may_lack() -> None:
+def test_none_needs_what_a_gpu_machine_may_lack() -> None:
     absent = ("mlflow", "prefect", "dvc", "datasets", "lm_eval", "pydantic", "pandera", "tasks", "flows")
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
-        "import benchmarks.teacher, benchmarks.ablation\n"
+        "import benchmarks.attention\n"
+        "import benchmarks.teacher, benchmarks.ablation, benchmarks.recipes\n"
         "import lolcats_core.training.low_rank_finetune, lolcats_core.model.modeling"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
