@@ -20,14 +20,13 @@ from typing import Any
 from filelock import FileLock
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import sha256_json
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import ComputeParams, FinetuneParams, Params, TeacherParams, TransferParams
 from lolcats_core.compute.device import resolve_device
-from lolcats_core.data.rows import TokenRows
 from lolcats_core.experiments import ablation
-from lolcats_core.experiments.ablation import Budget, load_setting
+from lolcats_core.experiments.ablation import Budget
 from lolcats_core.experiments.ablation_report import report_on, write_report
+from lolcats_core.experiments.study import StudyContext
 from lolcats_core.teacher.pin import resolve_teacher, write_pin
 
 logger = logging.getLogger(__name__)
@@ -41,14 +40,9 @@ def ablate(folder: Path, params: Params, budget: Budget, sections: tuple[str, ..
     work.mkdir(exist_ok=True)
     with FileLock(work / "pin.lock"):
         write_pin(pin, folder, work / "pin")
-    inputs = {
-        "params": dataclasses.asdict(params),
-        "teacher": pin.digest,
-        "rows": [TokenRows.open(folder / name).digest for name in ("train", "validation")],
-    }
-    scratch = work / f"{sha256_json(inputs)[:16]}-{budget.slug()}"
-    setting = load_setting(work / "pin", folder, params, budget, scratch)
-    return report_on(setting, f"{folder.name}/{params.teacher.source}", ablation.run(setting, sections))
+    study = StudyContext.open(work / "pin", folder, params, budget.evaluation(params.seed), work)
+    rows = ablation.run(study, params, budget, sections)
+    return report_on(study, params, budget, f"{folder.name}/{params.teacher.source}", rows)
 
 
 def main(argv: list[str] | None = None) -> int:

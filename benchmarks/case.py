@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,9 @@ TOKENS = 20_000_000
 # Layers on the disk: what streamed stage 1 runs through, and what a whole model is made of by repeating them.
 LAYERS = {"8b": 8, "70b": 8, "405b": 2, "tiny": 2}
 NEVER = 10**6
+# A case's name, its processes and arguments of its own.
+Job = tuple[str, int, list[str]]
+NO_TIME = "no time left"
 
 
 class Case:
@@ -182,6 +189,59 @@ def launch(module: str, name: str, arguments: list[str], *, work: Path, limit: f
     lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
     said = next((line for line in reversed(lines) if "Error" in line and "ChildFailed" not in line), lines[-1])
     return {"case": name, "gpus": gpus, "failed": said.strip()[:400], "wall_seconds": seconds}
+
+
+def case_parser(doc: str | None, cases: Iterable[str], *, total: float) -> argparse.ArgumentParser:
+    """The command line that `run_cases` and a case's own process read.
+
+    Args:
+        total: default of `--total`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=list(cases), default=list(cases))
+    parser.add_argument("--tiny", action="store_true", help="measure the smallest shape (to try the script)")
+    parser.add_argument("--layers", type=int, help="layers of every case, fewer than the model has")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds per case")
+    parser.add_argument("--total", type=float, default=total, help="seconds in which the last case must have ended")
+    parser.add_argument("--work", type=Path, help="directory for weights and buffers; a temporary one by default")
+    for hidden, kind in (("--case", str), ("--row", Path)):
+        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    return parser
+
+
+@contextlib.contextmanager
+def workspace(options: argparse.Namespace, prefix: str) -> Iterator[None]:
+    """Make the directory `options.work`, or a temporary one that is deleted when the block ends."""
+    with contextlib.ExitStack() as stack:
+        if options.work is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True))
+            options.work = Path(folder)
+        options.work.mkdir(parents=True, exist_ok=True)
+        yield
+
+
+def run_cases(
+    module: str, jobs: Iterable[Job], options: argparse.Namespace, passed: Sequence[str], begin: float
+) -> Iterator[dict[str, Any]]:
+    """Run each job in processes of its own and yield its row; those after `--total` seconds are left out.
+
+    Args:
+        options: of `case_parser`, with a `workspace`.
+        passed: options of `module` besides the parser's own that every case gets.
+        begin: of `--total`, by `time.perf_counter`.
+    """
+    arguments: list[str] = []
+    for name in ("tiny", "layers", "length", "device", *passed):
+        value = getattr(options, name)
+        arguments += [f"--{name}"] if value is True else [] if value in (None, False) else [f"--{name}", str(value)]
+    for name, gpus, own in jobs:
+        left = min(options.limit, options.total - (time.perf_counter() - begin))
+        if left > 0:
+            yield launch(module, name, [*arguments, *own], work=options.work, limit=left, gpus=gpus)
+        else:
+            yield {"case": name, "failed": NO_TIME}
 
 
 def keep_logs(work: Path, to: Path) -> None:

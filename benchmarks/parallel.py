@@ -21,24 +21,23 @@ import gc
 import json
 import logging
 import os
-import shutil
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import Case, beside_plan, keep_logs, launch
+from benchmarks.case import NO_TIME, Case, Job, beside_plan, case_parser, keep_logs, run_cases, workspace
 from benchmarks.random_weights import RandomRows, Repeated
 from benchmarks.stages import llama_config
 from lolcats_common.files import write_json
 from lolcats_common.params import Params
 from lolcats_core.compute import distributed
 from lolcats_core.estimation.memory import FITS, device_memory
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.layerwise import LayerwiseModel
+from lolcats_core.streaming.student import load_student
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.loop import TrainResult
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
@@ -124,15 +123,13 @@ def layer_by_layer(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for number, data in enumerate((held_out, rows)):
         begin = case.start()
         _, result, _ = streamed_attention_transfer(
-            folder,
-            llama_config(held),
-            case.settings,
+            LayerwiseModel.open(
+                folder, llama_config(held), settings=case.settings, device=case.device, dtype=case.dtype
+            ),
             data,
             held_out,
             params.transfer,
             scratch=case.scratch(f"streamed-{distributed.world()}-{number}"),
-            device=case.device,
-            dtype=case.dtype,
         )
         case.wait()
     per_layer = (time.perf_counter() - begin) / held.layers
@@ -251,71 +248,48 @@ def compared(rows: dict[str, dict[str, Any]], gpus: int) -> list[dict[str, Any]]
     return found
 
 
-def jobs(gpus: int) -> list[tuple[str, int, list[str]]]:
-    """Every case in its order: name, processes, arguments of its own."""
-    continued = [
+def jobs(gpus: int) -> list[Job]:
+    """Every case in its order."""
+    continued: list[Job] = [
         (f"resume-{word}{first}by{then}", count, ["--scratch", f"by{first}", *dies])
         for first, then in ((gpus, 1), (1, gpus))
         for word, count, dies in (("killed", first, ["--dies"]), ("continued", then, []))
     ]
-    measured: list[tuple[str, int, list[str]]] = [("stages-1", 1, []), (f"stages-{gpus}", gpus, [])]
-    undisturbed: list[tuple[str, int, list[str]]] = [("resume-undisturbed", 1, ["--scratch", "undisturbed"])]
-    return [*measured, *undisturbed, *continued, (f"large-{gpus}", gpus, [])]
+    undisturbed: Job = ("resume-undisturbed", 1, ["--scratch", "undisturbed"])
+    return [("stages-1", 1, []), (f"stages-{gpus}", gpus, []), undisturbed, *continued, (f"large-{gpus}", gpus, [])]
 
 
 def main() -> None:
     """Run every case and print its row, then the comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = case_parser(__doc__, CASES, total=300.0)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--tiny", action="store_true", help="measure the smallest shape (to try the script)")
-    parser.add_argument("--layers", type=int, help="layers of every case, fewer than the model has")
-    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--micro", type=int, default=4, help="rows of each process in a forward pass")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds per case")
-    parser.add_argument("--total", type=float, default=300.0, help="seconds in which the last case must have ended")
-    parser.add_argument("--work", type=Path, help="directory for weights and buffers; a temporary one by default")
     parser.add_argument(
         "--out", type=Path, default=Path("parallel"), help="directory of parallel.json and parallel.log"
     )
-    for hidden, kind in (("--case", str), ("--row", Path), ("--scratch", str)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--dies", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.case:
         run_case(options)
         return
-    begin, temporary = time.perf_counter(), options.work is None
-    options.work = Path(tempfile.mkdtemp(prefix="parallel-")) if temporary else options.work
-    options.work.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    given = [(f"--{name}", getattr(options, name)) for name in ("gpus", "layers", "length", "micro", "device")]
-    arguments = [text for flag, value in given if value is not None for text in (flag, str(value))]
-    arguments += ["--tiny"] if options.tiny else []
+    chosen = [job for job in jobs(options.gpus) if job[0].partition("-")[0] in options.cases]
     rows: dict[str, dict[str, Any]] = {}
-    try:
-        for name, gpus, own in jobs(options.gpus):
-            if name.partition("-")[0] not in options.cases:
-                continue
-            left = min(options.limit, options.total - (time.perf_counter() - begin))
-            if left > 0:
-                run = {"work": options.work, "limit": left, "gpus": gpus}
-                rows[name] = launch("benchmarks.parallel", name, [*arguments, *own], **run)
-                if "--dies" in own:
-                    rows[name] = {"case": name, "gpus": gpus, "killed": "failed" in rows[name]}
-            else:
-                rows[name] = {"case": name, "failed": "no time left"}
-            logger.info(json.dumps(rows[name]))
-            comparisons = compared(rows, options.gpus)
-            write_json(options.out / "parallel.json", {"rows": list(rows.values()), "comparisons": comparisons})
-        for comparison in compared(rows, options.gpus):
-            logger.info(json.dumps(comparison))
-    finally:
-        keep_logs(options.work, options.out / "parallel.log")
-        if temporary:
-            shutil.rmtree(options.work, ignore_errors=True)
+    begin = time.perf_counter()
+    with workspace(options, "parallel-"):
+        try:
+            results = run_cases("benchmarks.parallel", chosen, options, ("gpus", "micro"), begin)
+            for (name, gpus, own), row in zip(chosen, results, strict=True):
+                dies = "--dies" in own and row.get("failed") != NO_TIME
+                rows[name] = {"case": name, "gpus": gpus, "killed": "failed" in row} if dies else row
+                logger.info(json.dumps(rows[name]))
+                comparisons = compared(rows, options.gpus)
+                write_json(options.out / "parallel.json", {"rows": list(rows.values()), "comparisons": comparisons})
+            for comparison in compared(rows, options.gpus):
+                logger.info(json.dumps(comparison))
+        finally:
+            keep_logs(options.work, options.out / "parallel.log")
 
 
 if __name__ == "__main__":

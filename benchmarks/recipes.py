@@ -2,10 +2,15 @@
 
     python -m benchmarks.recipes --from DIR --recipes benchmarks/recipes.yaml --seeds 0 1 2 --out results.json
 
-DIR holds teacher/ (`save_pretrained`), train/ and validation/ (rows of `TokenRows`). Finished rows lie beside the
-results, so a killed run continues, and several processes, each with its own GPU and seeds, fill one results file:
+DIR holds teacher/ (`save_pretrained`), train/ and validation/ (rows of `TokenRows`). Any other teacher and text:
 
-    CUDA_VISIBLE_DEVICES=0 python -m benchmarks.recipes … --seeds 0 2 & CUDA_VISIBLE_DEVICES=1 … --seeds 1 &
+    python -m benchmarks.recipes --teacher MODEL --train-tokens train.npy --validation-tokens validation.npy \
+        --sequence-length 4096 …
+
+MODEL is a Hugging Face directory, and the files hold token ids (`TokenFileRows`). Finished trials lie beside the
+results, so a killed run continues, and several processes, each with its own GPU, share the trials:
+
+    CUDA_VISIBLE_DEVICES=0 python -m benchmarks.recipes … --seeds 0 1 2 & CUDA_VISIBLE_DEVICES=1 … --seeds 0 1 2 &
 
 Every process writes what all of them have finished. `--table` prints that table and trains nothing.
 """
@@ -14,82 +19,111 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import read_yaml
+from lolcats_common.tables import markdown_table, number
 from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_core.data.arrays import TokenFileRows
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.experiments.recipes import Bench, Measures, Recipe, exclude_ids, run
+from lolcats_core.evaluation.recall import special_ids
+from lolcats_core.experiments.study import EvalSettings, StudyContext, exclude_ids
+from lolcats_core.experiments.trials import Trial, finished, run_trials
+from lolcats_core.training.loop import Rows
 
 logger = logging.getLogger(__name__)
 TOKEN_LIMIT = 10_000_000
 
 
-def read_recipes(path: Path, only: Sequence[str] = ()) -> tuple[list[Recipe], dict[str, Any]]:
-    """The recipes of a YAML file with `defaults`, `measures` and `recipes`, and its measures.
+@dataclass(frozen=True)
+class RecipeSuite:
+    """The recipes of a YAML file with `defaults`, `measures` and `recipes`, and what each is measured on."""
 
-    Args:
-        only: names, or beginnings of names, of the recipes wanted; all of them by default.
+    trials: tuple[Trial, ...]
+    settings: EvalSettings
+
+    @classmethod
+    def read(cls, path: Path, only: Sequence[str] = ()) -> RecipeSuite:
+        """Read a file.
+
+        Args:
+            only: names, or beginnings of names, of the recipes wanted; all of them by default.
+
+        Raises:
+            UserError: the file is malformed, an unknown measure is named, or no recipe is wanted.
+        """
+        values = read_yaml(path)
+        unknown = sorted(values.keys() - {"defaults", "measures", "recipes"})
+        if unknown or not isinstance(values.get("recipes"), dict):
+            raise UserError(f"{path}: must hold `recipes` and may hold `defaults` and `measures`, got {sorted(values)}")
+        defaults, measures = values.get("defaults") or {}, values.get("measures") or {}
+        known = {field.name for field in dataclasses.fields(EvalSettings)}
+        if set(measures) - known:
+            raise UserError(f"measures are {', '.join(sorted(known))}, got {sorted(set(measures) - known)[0]!r}")
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in measures.items()}
+        trials = [Trial.from_overrides(name, defaults, each or {}) for name, each in values["recipes"].items()]
+        wanted = tuple(trial for trial in trials if not only or any(trial.name.startswith(name) for name in only))
+        if not wanted:
+            raise UserError(f"no recipe is called {' or '.join(only)}; there are {', '.join(t.name for t in trials)}")
+        return cls(wanted, EvalSettings(**settings))
+
+    def seeded(self, seeds: Iterable[int]) -> list[Trial]:
+        """Every recipe with each of `seeds`, seed by seed."""
+        return [dataclasses.replace(trial, seed=seed) for seed in seeds for trial in self.trials]
+
+
+def open_study(options: argparse.Namespace, settings: EvalSettings) -> StudyContext:
+    """The teacher and rows that the command line names.
 
     Raises:
-        UserError: the file is malformed, or no recipe is wanted.
+        UserError: something is missing or does not fit.
     """
-    values = read_yaml(path)
-    unknown = sorted(values.keys() - {"defaults", "measures", "recipes"})
-    if unknown or not isinstance(values.get("recipes"), dict):
-        raise UserError(f"{path}: must hold `recipes` and may hold `defaults` and `measures`, got {sorted(values)}")
-    defaults = values.get("defaults") or {}
-    found = [Recipe.of(name, defaults, overrides or {}) for name, overrides in values["recipes"].items()]
-    wanted = [recipe for recipe in found if not only or any(recipe.name.startswith(name) for name in only)]
-    if not wanted:
-        raise UserError(f"no recipe is called {' or '.join(only)}; there are {', '.join(r.name for r in found)}")
-    return wanted, values.get("measures") or {}
+    folder, length = options.folder, options.sequence_length
+    files = options.train_tokens, options.validation_tokens
+    if folder is None and options.teacher is None:
+        raise UserError("either --from or --teacher must be given")
+    if len({value is None for value in (*files, length)}) > 1 or (folder is None and length is None):
+        raise UserError("--train-tokens, --validation-tokens and --sequence-length must be given together, or --from")
+    source = options.teacher or folder / "teacher"
+    if not (source / "config.json").is_file():
+        raise UserError(f"{source}: has no {source.name}/config.json")
+    device = resolve_device(options.device)
+    precision = options.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(precision))
+    teacher = cast(PreTrainedModel, loaded.to(device).eval()).requires_grad_(False)
+    special = special_ids(AutoTokenizer.from_pretrained(source)) if (source / "tokenizer_config.json").is_file() else ()
+    rows: list[Rows] = [
+        TokenRows.open(folder / name) if file is None else TokenFileRows(file, length, teacher.config.vocab_size)
+        for name, file in zip(("train", "validation"), files, strict=True)
+    ]
+    work = options.out.with_suffix(".rows")
+    return StudyContext(teacher, rows[0], rows[1], settings, work, exclude_ids(teacher.config, special))
 
 
-def open_bench(folder: Path, measures: Mapping[str, Any], work: Path, device: str, precision: str) -> Bench:
-    """The teacher and rows of a directory.
-
-    Raises:
-        UserError: something is missing in it, or an unknown measure is named.
-    """
-    if not (folder / "teacher" / "config.json").is_file():
-        raise UserError(f"--from {folder}: has no teacher/config.json")
-    known = {field.name for field in dataclasses.fields(Measures)}
-    if set(measures) - known:
-        raise UserError(f"measures are {', '.join(sorted(known))}, got {sorted(set(measures) - known)[0]!r}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in measures.items()}
-    loaded = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=resolve_dtype(precision))
-    teacher = cast(PreTrainedModel, loaded.to(resolve_device(device)).eval()).requires_grad_(False)
-    work.mkdir(parents=True, exist_ok=True)
-    train, validation = (TokenRows.open(folder / name) for name in ("train", "validation"))
-    return Bench(teacher, train, validation, Measures(**values), work, exclude_ids(teacher.config))
+def collect(trials: Iterable[Trial], study: StudyContext) -> list[dict[str, Any]]:
+    """Results that any process has finished."""
+    return [result for trial in trials if (result := finished(trial, study)) is not None]
 
 
-def collect(recipes: Sequence[Recipe], seeds: Sequence[int], bench: Bench) -> list[dict[str, Any]]:
-    """Rows that any process has finished."""
-    files = [bench.file(recipe, seed) for recipe in recipes for seed in seeds]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-
-
-def report(rows: list[dict[str, Any]], bench: Bench) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]], study: StudyContext) -> dict[str, Any]:
     """The results file."""
     return {
-        "teacher": {"parameters": sum(p.numel() for p in bench.teacher.parameters()), **bench.teacher_row},
-        "measures": dataclasses.asdict(bench.measures),
-        "sequence_length": bench.train_rows.sequence_length,
+        "teacher": {"parameters": sum(p.numel() for p in study.teacher.parameters()), **study.teacher_row},
+        "measures": dataclasses.asdict(study.settings),
+        "sequence_length": study.train_rows.sequence_length,
         "rows": rows,
         "hardware": device_tags(),
-        "dtype": str(bench.teacher.dtype).removeprefix("torch."),
+        "dtype": str(study.teacher.dtype).removeprefix("torch."),
         "versions": versions(),
     }
 
@@ -99,33 +133,38 @@ def markdown(results: Mapping[str, Any]) -> str:
     teacher, measures = results["teacher"], results["measures"]
     gaps = [str(gap) for gap in measures["recall_gaps"]]
     recall = ", ".join(f"{gap}: {teacher['recall'][gap]:.3f}" for gap in gaps)
-    lines = [
-        f"Teacher: {teacher['parameters'] / 1e6:.1f}M parameters, perplexity {teacher['perplexity']:.4g}, recall at "
-        f"{recall}. State at {measures['context']} tokens of one sequence; linear and window off on "
-        f"{measures['audit_rows']} rows, over the perplexity there.",
-        "",
-        f"| recipe | seeds | PPL / teacher before LoRA | PPL / teacher | {' | '.join(f'recall{g} / t.' for g in gaps)} "
-        "| same token | same start | linear off | window off | constant kB | x published state | share of kv cache |",
-        "|" + "---|" * (11 + len(gaps)),
-    ]
-    names = dict.fromkeys(row["recipe"] for row in results["rows"])
-    for name in names:
+    head = (
+        f"Teacher: {teacher['parameters'] / 1e6:.1f}M parameters, perplexity {number(teacher['perplexity'])}, recall "
+        f"at {recall}. State at {measures['context']} tokens of one sequence; linear and window off on "
+        f"{measures['audit_rows']} rows, over the perplexity there."
+    )
+    header = ["recipe", "seeds", "PPL / teacher before LoRA", "PPL / teacher", *(f"recall{g} / t." for g in gaps)]
+    header += ["same token", "same start", "linear off", "window off"]
+    header += ["constant kB", "x published state", "share of kv cache"]
+    rows = []
+    for name in dict.fromkeys(row["recipe"] for row in results["rows"]):
         found = [row for row in results["rows"] if row["recipe"] == name]
-        last = [row["finetuned"] for row in found]
+        state = next((row["finetuned"]["state"] for row in found if row["finetuned"]), None)
+
+        def mean(value: Callable[[dict[str, Any]], float | None], digits: int = 3, step: str = "finetuned") -> str:
+            return _mean([value(row[step]) if row[step] else None for row in found], digits)  # noqa: B023
+
         cells = [
-            _mean([_over(row["transferred"]["perplexity"], teacher["perplexity"]) for row in found]),
-            _mean([_over(row["perplexity"], teacher["perplexity"]) for row in last], 4),
-            *(_mean([_over(row["recall"][gap], teacher["recall"][gap]) for row in last], 2) for gap in gaps),
-            _mean([row["agreement"] for row in last]),
-            _mean([row["exact_prefix"] for row in last], 2),
-            _mean([_over(row["linear_off"], row["audited"]) for row in last]),
-            _mean([_over(row["window_off"], row["audited"]) for row in last]),
-            f"{last[0]['state']['constant'] / 1e3:.0f}",
-            f"{last[0]['state']['over_published']:.3f}",
-            f"{last[0]['state']['share']:.3f}",
+            mean(lambda m: _over(m["perplexity"], teacher["perplexity"]), step="transferred"),
+            mean(lambda m: _over(m["perplexity"], teacher["perplexity"]), 4),
+            *(mean(lambda m, gap=gap: _over(m["recall"][gap], teacher["recall"][gap]), 2) for gap in gaps),
+            mean(lambda m: m.get("agreement")),
+            mean(lambda m: m.get("exact_prefix"), 2),
+            mean(lambda m: _over(m.get("linear_off"), m.get("audited"))),
+            mean(lambda m: _over(m.get("window_off"), m.get("audited"))),
+            *(("-", "-", "-") if state is None else _state_cells(state)),
         ]
-        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, str(len(found)), *cells])
+    return f"{head}\n\n{markdown_table(header, rows)}\n"
+
+
+def _state_cells(state: Mapping[str, float]) -> tuple[str, str, str]:
+    return f"{state['constant'] / 1e3:.0f}", f"{state['over_published']:.3f}", f"{state['share']:.3f}"
 
 
 def _over(value: float | None, whole: float | None) -> float | None:
@@ -141,8 +180,14 @@ def _mean(values: Sequence[float | None], digits: int = 3) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--from", dest="folder", type=Path, required=True, help="with teacher/, train/, validation/")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--from", dest="folder", type=Path, help="directory with teacher/, train/, validation/")
+    parser.add_argument("--teacher", type=Path, metavar="DIR", help="Hugging Face directory; by default that of --from")
+    parser.add_argument("--train-tokens", type=Path, metavar="FILE", help=".npy of token ids in place of train/")
+    parser.add_argument("--validation-tokens", type=Path, metavar="FILE", help="the same in place of validation/")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens of a row that is cut from them")
     parser.add_argument("--recipes", type=Path, default=Path(__file__).with_suffix(".yaml"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="recipes whose names begin so")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -152,26 +197,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print what is finished, train nothing")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    recipes, measures = read_recipes(given.recipes, given.only)
-    precision = given.precision or ("bfloat16" if resolve_device(given.device).type == "cuda" else "float32")
-    bench = open_bench(given.folder, measures, given.out.with_suffix(".rows"), given.device, precision)
-    for recipe in recipes:
-        tokens = recipe.tokens(bench.train_rows)
-        if tokens > TOKEN_LIMIT:
-            raise UserError(f"recipe {recipe.name!r} would train on {tokens} tokens, above the {TOKEN_LIMIT} of all")
-    for seed in [] if given.table else given.seeds:
-        for recipe in recipes:
-            row = run(recipe, bench, seed)
-            logger.info("%s, seed %d: %s", recipe.name, seed, _line(row, bench))
-            write_json(given.out, report(collect(recipes, range(max(given.seeds) + 1), bench), bench))
-    print(markdown(report(collect(recipes, range(max(given.seeds) + 1), bench), bench)))
+    suite = RecipeSuite.read(given.recipes, given.only)
+    study = open_study(given, suite.settings)
+    for trial in suite.trials:
+        if (tokens := trial.tokens(study.train_rows)) > TOKEN_LIMIT:
+            raise UserError(f"recipe {trial.name!r} would train on {tokens} tokens, above the {TOKEN_LIMIT} of all")
+
+    def results() -> dict[str, Any]:
+        rows = collect(suite.seeded(range(max(given.seeds) + 1)), study)
+        order = [trial.name for trial in suite.trials]
+        return report(sorted(rows, key=lambda row: order.index(row["recipe"])), study)
+
+    def note(trial: Trial, result: Mapping[str, Any]) -> None:
+        logger.info("%s, seed %d: %s", trial.name, trial.seed, _line(result, study))
+        write_json(given.out, results())
+
+    run_trials([] if given.table else suite.seeded(given.seeds), study, note)
+    print(markdown(results()))
 
 
-def _line(row: Mapping[str, Any], bench: Bench) -> str:
-    last, teacher = row["finetuned"], bench.teacher_row
-    ratio = _mean([_over(last["perplexity"], teacher["perplexity"])], 4)
+def _line(result: Mapping[str, Any], study: StudyContext) -> str:
+    last, teacher = result["finetuned"], study.teacher_row
+    if last is None:
+        return "diverged"
     recall = " ".join(f"{gap}:{value:.2f}" for gap, value in last["recall"].items())
-    return f"PPL / teacher {ratio}, recall {recall}, {row['seconds']['all']:.0f} s"
+    ratio = last["perplexity"] / teacher["perplexity"]
+    return f"PPL / teacher {ratio:.4f}, recall {recall}, {result['seconds']['all']:.0f} s"
 
 
 if __name__ == "__main__":

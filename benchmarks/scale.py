@@ -34,7 +34,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.case import TOKENS, Case, beside_plan, held_against_plan, keep_logs, launch
+from benchmarks.case import (
+    TOKENS,
+    Case,
+    Job,
+    beside_plan,
+    case_parser,
+    held_against_plan,
+    keep_logs,
+    run_cases,
+    workspace,
+)
 from benchmarks.random_weights import SHAPES, RandomRows, Repeated, write_random
 from benchmarks.stages import check, llama_config
 from lolcats_common.files import write_json
@@ -43,8 +53,9 @@ from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.model.modeling import named_map_parameters
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.streaming.stopwatch import Stopwatch
+from lolcats_core.streaming.student import load_student
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.loop import total_steps
 from lolcats_core.training.low_rank_finetune import add_lora, next_token_loss
@@ -72,9 +83,8 @@ def check_streamed(work: Path, device: torch.device) -> float:
     student = load_student(work / "check", llama_config(shape), settings, **options)
     scratch = Path(tempfile.mkdtemp(dir=work))
     attention_transfer(student, rows, held_out, params, scratch=scratch / "joint")
-    maps, *_ = streamed_attention_transfer(
-        work / "check", llama_config(shape), settings, rows, held_out, params, scratch=scratch / "streamed", **options
-    )
+    layers = LayerwiseModel.open(work / "check", llama_config(shape), settings=settings, **options)
+    maps, *_ = streamed_attention_transfer(layers, rows, held_out, params, scratch=scratch / "streamed")
     expected = {name: p.detach().cpu() for name, p in named_map_parameters(student).items()}
     error = max(float((maps[name] - value).norm() / value.norm()) for name, value in expected.items())
     if not error <= TOLERANCE:
@@ -101,17 +111,9 @@ def transfer_case(name: str, streamed: bool, buffer: str = "disk") -> Callable[[
             scratch, stopwatch = Path(tempfile.mkdtemp(dir=case.work)), Stopwatch(case.device)
             begin = case.start()
             if student is None:
+                layers = LayerwiseModel.open(folder, config, settings=case.settings, **where)
                 streamed_attention_transfer(
-                    folder,
-                    config,
-                    case.settings,
-                    data,
-                    held_out,
-                    params.transfer,
-                    scratch=scratch,
-                    on_disk=buffer == "disk",
-                    stopwatch=stopwatch,
-                    **where,
+                    layers, data, held_out, params.transfer, scratch=scratch, stopwatch=stopwatch
                 )
             else:
                 attention_transfer(student, data, held_out, params.transfer, scratch=scratch)
@@ -281,42 +283,23 @@ def run_checks(options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Check, then measure and print one JSON row per case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--tiny", action="store_true", help="measure the smallest shape (to try the script)")
-    parser.add_argument("--layers", type=int, help="layers of every case, fewer than the model has")
+    parser = case_parser(__doc__, CASES, total=480.0)
     parser.add_argument("--rows", type=int, help="training rows of stage 1; what fills 4 GiB (joint: 2) by default")
-    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8, help="rows of a forward pass of stage 1")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds per case")
-    parser.add_argument("--total", type=float, default=480.0, help="seconds in which the last case must have ended")
-    parser.add_argument("--work", type=Path, help="directory for weights and buffers; a temporary one by default")
     parser.add_argument("--profile", action="store_true", help="write profiles of streamed cases beside --out")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.case:
         run_case(options)
         return
-    begin, temporary = time.perf_counter(), options.work is None
-    options.work = Path(tempfile.mkdtemp(prefix="scale-")) if temporary else options.work
-    options.work.mkdir(parents=True, exist_ok=True)
-    given = [(f"--{name}", getattr(options, name)) for name in ("layers", "rows", "length", "batch", "device")]
-    arguments = [text for flag, value in given if value is not None for text in (flag, str(value))]
-    arguments += [f"--{name}" for name in ("tiny", "profile") if getattr(options, name)]
+    begin = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    try:
+    with workspace(options, "scale-"):
         errors = run_checks(options)
         logger.info(json.dumps(errors))
-        for name in options.cases:
-            left = min(options.limit, options.total - (time.perf_counter() - begin))
-            if left > 0:
-                row = launch("benchmarks.scale", name, arguments, work=options.work, limit=left)
-            else:
-                row = {"case": name, "failed": "no time left"}
+        jobs: list[Job] = [(name, 1, []) for name in options.cases]
+        for row in run_cases("benchmarks.scale", jobs, options, ("rows", "batch", "profile"), begin):
             rows.append({**row, **held_against_plan(row), **errors})
             logger.info(json.dumps(rows[-1]))
             if options.out:
@@ -324,9 +307,6 @@ def main() -> None:
                 keep_logs(options.work, options.out.with_suffix(".log"))
                 for found in options.work.glob("*.profile.txt"):
                     shutil.copy(found, options.out.with_name(f"{options.out.stem}.{found.name}"))
-    finally:
-        if temporary:
-            shutil.rmtree(options.work, ignore_errors=True)
 
 
 if __name__ == "__main__":

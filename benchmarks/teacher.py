@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from lolcats_common.errors import UserError
+from lolcats_core.data.arrays import ArrayRows
 from lolcats_core.data.rows import TokenRowsWriter
+from lolcats_core.pretraining import pretrain
 from lolcats_core.pretraining.config import config_from_arguments
-from lolcats_core.pretraining.data import ArrayRows
-from lolcats_core.pretraining.pretrain import prepare_data, pretrain, summary
 
 logger = logging.getLogger(__name__)
 SHAPES = {
@@ -48,20 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--size", choices=sorted(SHAPES), default="82m")
     options, flags = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     out = options.out
     paths = ["--out", str(out / "teacher"), "--scratch", str(out / ".scratch")]
-    try:
-        config = config_from_arguments([*paths, *COMMON.split(), *SHAPES[options.size].split(), *flags])
-        data = prepare_data(config)
-        for name, most in TOKENS.items():
-            count = write_rows(getattr(data, name), config.vocab_size, most, out / name, config.seed)
-            logger.info("%s: %d rows of %d tokens", name, count, ROW_TOKENS)
-        record = pretrain(config)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    sys.stdout.write(summary(record))
+    arguments = [*paths, *COMMON.split(), *SHAPES[options.size].split(), *flags]
+    if failed := pretrain.main(arguments):
+        return failed
+    config = config_from_arguments(arguments)
+    data = pretrain.prepare_data(config)  # which pretraining has made
+    for name, most in TOKENS.items():
+        count = write_rows(getattr(data, name), config.vocab_size, most, out / name, config.seed)
+        logger.info("%s: %d rows of %d tokens", name, count, ROW_TOKENS)
     return 0
 
 

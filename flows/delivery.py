@@ -16,7 +16,7 @@ from prefect.states import State
 from lolcats_common.errors import Unavailable
 from lolcats_common.params import GatesParams, Params
 from tasks.registry import promotion, register
-from tasks.registry.gates import GateReport
+from tasks.registry.versions import VersionStatus
 from tasks.runner.mlflow_run import first_line
 
 logger = logging.getLogger(__name__)
@@ -56,15 +56,15 @@ def register_model(root: Path, params: Params, run_id: str) -> register.Register
 
 
 @task(name="gates", task_run_name="gates", **PATIENT)
-def run_gates(root: Path, name: str, gates: GatesParams, version: str) -> GateReport:
+def run_gates(root: Path, name: str, gates: GatesParams, version: str) -> VersionStatus:
     """Run the gates on a version; one that passes becomes the challenger. The report is a Prefect artifact too."""
-    report = promotion.examine(root, name, gates, version)
+    report, status = promotion.run_gates(root, name, gates, version)
     show(report.markdown(), "gates", f"Gates of {name} version {version}")
-    return report
+    return status
 
 
 @task(name="promote", task_run_name="promote", **PATIENT)
-def promote_version(root: Path, name: str, version: str) -> str:
+def promote_version(root: Path, name: str, version: str) -> VersionStatus:
     """Make a version that passed its gates the champion."""
     return promotion.promote(root, name, version)
 

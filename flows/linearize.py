@@ -5,9 +5,11 @@ Names and order only: DVC decides what has to run, `tasks` does it.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from prefect.cache_policies import NO_CACHE
 from flows import project_root
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
-from lolcats_common.params import Params, load_params
-from tasks.registry import promotion
+from lolcats_common.params import GatesParams, read_assignments
+from lolcats_common.records import Summary
 from tasks.registry.promotion import CHAMPION
+from tasks.registry.register import RegisteredVersion
+from tasks.registry.versions import VersionStatus, version_status
 from tasks.reporting import summary
+from tasks.runner.exits import raise_terminated, run_and_report
+from tasks.runner.logs import setup_logging
 from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, first_line
-from tasks.runner.stage import raise_terminated
+from tasks.runner.processes import exit_with_supervisor
 from tasks.versioning import dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,7 @@ def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
 
 
 @flow(name="linearize", validate_parameters=False)
-def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
+def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 
     Overrides run in a worktree of their own (`tasks.versioning.worktrees`) and end as a DVC experiment. Returns the
@@ -54,62 +60,84 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
     """
     root = project_root()
     if runtime.deployment.id:
-        worktrees.confine(root, set)
-    chosen = worktrees.prepare(root, preset, set) if preset or set else None
-    return pipeline(root, "linearize", chosen, register=register)
+        worktrees.check_allowed_sources(root, set)
+    return pipeline(root, "linearize", worktrees.workplace(root, preset, set), register=register)
 
 
 def pipeline(
     root: Path,
     name: str,
-    chosen: worktrees.Experiment | None,
+    worktree: worktrees.Worktree,
     *,
     register: bool = True,
     promote: bool = False,
     keep: Callable[[str], object] = lambda version: None,
-) -> dict[str, Any]:
+) -> Summary:
     """Every stage, then registration, the gates and, with `promote`, the change of champion; returns the summary.
 
     Args:
-        name: of the MLflow run. chosen: where to run, None for the checkout itself.
+        name: of the MLflow run.
         keep: called with the number of the registered version, before its gates.
 
     Raises:
         UserError: as `linearize`.
     """
-    params = chosen.params if chosen else load_params(root / "params.yaml")
-    work, environment = (chosen.root, chosen.environment) if chosen else (root, {})
     close_abandoned(root, name)
-    with _parent_run(root, name, params, chosen) as parent:
-        stages = [
-            stage(name, work, {**environment, PARENT_VARIABLE: parent.id}) for name, stage in stage_tasks(work).items()
-        ]
-        if chosen:
-            worktrees.save(chosen)
-        version = register_model(work, params, parent.id) if register else None
-        gates = None
+    with _parent_run(root, name, worktree) as parent:
+        stages = run_stages(worktree, parent)
+        version = register_model(worktree.root, worktree.params, parent.id) if register else None
+        status = None
         if version:
             keep(version.version)
-            standing = promotion.standing(root, version.name, version.version)
-            if standing.passed is None or (promote and CHAMPION not in standing.aliases):
-                run_gates(root, version.name, params.gates, version.version)
-            if promote and promotion.standing(root, version.name, version.version).passed:
-                promote_version(root, version.name, version.version)
-            gates = promotion.standing(root, version.name, version.version)
-        result = summary.build(work, stages, version, parent.id, chosen.name if chosen else None, gates)
-        parent.log_metrics(summary.headline(result))
-        parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
-        parent.log_text(summary.markdown(result), "summary.md")
-        show(summary.markdown(result), "summary", "Teacher beside student")
-        summary.write(root, result)
+            status = deliver(root, version, worktree.params.gates, promote)
+        return summarize(root, worktree, parent, stages, version, status)
+
+
+def run_stages(worktree: worktrees.Worktree, parent: Run) -> list[dvc_graph.Reproduced]:
+    """Bring every stage up to date, one after the other, and save the result of overrides as a DVC experiment."""
+    environment = {**worktree.environment, PARENT_VARIABLE: parent.id}
+    stages = [stage(name, worktree.root, environment) for name, stage in stage_tasks(worktree.root).items()]
+    worktrees.save(worktree)
+    return stages
+
+
+def deliver(root: Path, version: RegisteredVersion, gates: GatesParams, promote: bool) -> VersionStatus:
+    """Run a version's gates where they have not run and, with `promote`, make it the champion if it passed them.
+
+    With `promote` the gates of any version but the champion run again: the champion they compare with may be another.
+    """
+    status = version_status(root, version.name, version.version)
+    if status.passed is None or (promote and CHAMPION not in status.aliases):
+        status = run_gates(root, version.name, gates, version.version)
+    if promote and status.passed:
+        status = promote_version(root, version.name, version.version)
+    return status
+
+
+def summarize(
+    root: Path,
+    worktree: worktrees.Worktree,
+    parent: Run,
+    stages: Sequence[dvc_graph.Reproduced],
+    version: RegisteredVersion | None,
+    status: VersionStatus | None,
+) -> Summary:
+    """Write the summary of a finished run into reports/, to MLflow and to Prefect."""
+    result = summary.build(worktree.root, stages, version, parent.id, worktree.name, status)
+    page = summary.markdown(result)
+    parent.log_metrics(summary.headline(result))
+    parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
+    parent.log_text(page, "summary.md")
+    show(page, "summary", "Teacher beside student")
+    summary.write(root, result)
     return result
 
 
 @contextmanager
-def _parent_run(root: Path, name: str, params: Params, chosen: worktrees.Experiment | None) -> Iterator[Run]:
+def _parent_run(root: Path, name: str, worktree: worktrees.Worktree) -> Iterator[Run]:
     """The MLflow run that the stages' runs hang from; ends as FAILED or KILLED where the block does not end well."""
-    tags = device_tags() | ({"dvc.experiment": chosen.name} if chosen else {})
-    parent = Run.start(root, name, params=params, tags=tags)
+    tags = device_tags() | ({"dvc.experiment": worktree.name} if worktree.name else {})
+    parent = Run.start(root, name, params=worktree.params, tags=tags)
     try:
         yield parent
     except Exception as error:
@@ -121,16 +149,21 @@ def _parent_run(root: Path, name: str, params: Params, chosen: worktrees.Experim
     parent.finish()
 
 
-def main(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> dict[str, Any]:
-    """Run the flow in this process and print the table; SIGTERM ends it like Ctrl-C does.
-
-    Raises:
-        UserError: as `linearize`.
-    """
+def main() -> None:
+    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does."""
+    parser = argparse.ArgumentParser(prog="python -m flows.linearize", description=linearize.__doc__)
+    parser.add_argument("--preset")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--no-register", dest="register", action="store_false")
+    options = parser.parse_args()
+    setup_logging()
+    exit_with_supervisor()
     signal.signal(signal.SIGTERM, raise_terminated)
-    result = linearize(preset=preset, set=set, register=register)
-    summary.show(result)
-    return result
+
+    def work() -> None:
+        summary.show(linearize(options.preset, read_assignments(options.set) or None, options.register))
+
+    sys.exit(run_and_report(work, "lolcats"))
 
 
 if __name__ == "__main__":

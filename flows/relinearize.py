@@ -50,19 +50,22 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, re
     if restarts > RESTARTS:
         raise UserError(f"given up after {RESTARTS} restarts, each of which crashed; look at them and start it by hand")
     if runtime.deployment.id:
-        worktrees.confine(root, set)
-    chosen = _prepare(root, preset, set)
-    found = _changes(root, chosen)
+        worktrees.check_allowed_sources(root, set)
+    worktree = _prepare(root, preset, set)
+    found = _changes(root, worktree)
     if not found:
         log.info("Nothing changed since the last result.")
         return Completed(name="UpToDate", message="nothing changed since the last result")
     show(_page(found), "changes", "What changed since the last result")
 
     def keep(version: str) -> None:
-        _commit(root, chosen, version, found)
+        _commit(root, worktree, version, found)
 
-    result = pipeline(root, relinearization.NAME, chosen, promote=True, keep=keep)
-    version, gates = result["registered"]["version"], result["gates"]
+    result = pipeline(root, relinearization.NAME, worktree, promote=True, keep=keep)
+    registered, gates = result["registered"], result["gates"]
+    assert registered is not None
+    assert gates is not None
+    version = registered["version"]
     if not gates["passed"]:
         message = f"version {version} is refused, the champion stays: {gates['reasons']}"
         log.warning(message)

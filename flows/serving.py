@@ -18,7 +18,7 @@ def promote(version: str = CHALLENGER) -> str:
         UserError: it does not exist, or did not pass.
     """
     root = project_root()
-    return promote_version(root, load_params(root / "params.yaml").register.name, version)
+    return promote_version(root, load_params(root / "params.yaml").register.name, version).version
 
 
 @flow(name="rollback")

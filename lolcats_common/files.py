@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lolcats_common.errors import UserError
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file, or a directory's entries, to the disk."""
@@ -45,6 +47,26 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write indented JSON with sorted keys atomically; refuses NaN and infinities, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The JSON object in a file; whoever calls says which record it is.
+
+    Args:
+        remedy: what to do where the file cannot be read, such as "run `dvc repro`".
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; {remedy}")
+    return value
 
 
 @contextlib.contextmanager

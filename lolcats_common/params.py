@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -226,6 +226,24 @@ def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[s
     return merged
 
 
+def read_assignments(entries: Iterable[str]) -> dict[str, Any]:
+    """Overrides written as ``KEY=VALUE`` on a command line, with the value read as YAML.
+
+    Raises:
+        ParamsError: an entry has no ``=``, or its value is not YAML.
+    """
+    values = {}
+    for entry in entries:
+        key, equals, text = entry.partition("=")
+        if not equals or not key.strip():
+            raise ParamsError(f"`--set` takes KEY=VALUE, such as transfer.lr=0.005, got {entry!r}")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ParamsError(f"`--set {key.strip()}`: the value is not valid YAML, got {text!r}") from None
+    return values
+
+
 def presets() -> dict[str, Path]:
     """Name and file of each preset of a model; the recipe that they extend is none by itself."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml")) if path.stem != "published"}
@@ -244,7 +262,7 @@ def read_preset(name: str) -> dict[str, Any]:
     return apply_overrides(read_yaml(PRESETS / f"{values.pop('extends')}.yaml"), values)
 
 
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
     return f" (did you mean `{close[0]}`?)" if close else ""
 

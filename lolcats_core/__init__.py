@@ -8,7 +8,8 @@ from lolcats_common.training_params import FinetuneParams, SelectParams, Transfe
 from lolcats_core.export.delta import load_delta, save_delta
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.decoding.decode_graph import graphed_decoding
-from lolcats_core.model.modeling import linearize, load_feature_maps, save_feature_maps, supported_architectures
+from lolcats_core.model.map_files import load_feature_maps, save_feature_maps
+from lolcats_core.model.modeling import linearize, supported_architectures
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
 from lolcats_core.training.selection import select

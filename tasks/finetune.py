@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("finetune", parallel=True)  # before the imports below, which take seconds
+
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
 
-import torch
-from transformers import PreTrainedModel
-
-from lolcats_core import linearize, load_feature_maps, low_rank_finetune, save_delta
-from lolcats_core.compute import distributed
+from lolcats_core import low_rank_finetune
 from lolcats_core.compute.device import resolve_dtype
-from lolcats_core.export.merging import base_fingerprint, save_merged
-from lolcats_core.streaming.load_student import load_student
-from lolcats_core.streaming.weights import WeightFiles
+from lolcats_core.export.merging import save_student
+from lolcats_core.streaming.student import causal_model, open_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from tasks.reporting.figures import loss_figure
 from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
-from tasks.runner.stage import Stage, main
-
-if TYPE_CHECKING:
-    from peft import PeftModel
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
     """Write model/ (merged, with tokenizer), adapter/ (the delta) and history.jsonl; metrics of the training."""
-    params = stage.params
+    params, teacher = stage.params, Teacher.open(stage.input("teacher"))
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
     train_rows, validation_rows = open_rows(stage)
     settings, maps = selected(stage)
-    teacher = Teacher.open(stage.input("teacher"))
-    # A base that is quantized or divided between processes is read layer by layer, and its files serve the merge.
-    by_layer = params.finetune.quantize_base or distributed.world() > 1
-    if by_layer:
-        quantized = params.finetune.quantize_base
-        student = load_student(
-            teacher.folder, teacher.config, settings, device=device, dtype=dtype, quantized=quantized
-        )
-    else:
-        student = linearize(teacher.load(dtype, device), settings, seed=params.seed)
-    load_feature_maps(student, maps)
+    quantized = params.finetune.quantize_base
+    student = causal_model(
+        open_student(teacher, settings, device=device, dtype=dtype, seed=params.seed, maps=maps, quantized=quantized)
+    )
     check_target_modules(student, params.finetune)
     total = sum(p.numel() for p in student.parameters())
     adapted, result = low_rank_finetune(
@@ -57,25 +46,6 @@ def run(stage: Stage) -> Mapping[str, float]:
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     stage.log_figure("finetune_loss.png", loss_figure(result.history, "Low-rank finetuning"))
     write_history(stage.out / "history.jsonl", result)
-    if by_layer:
-        _write_from_files(stage, adapted, teacher, dtype)
-    else:
-        save_delta(adapted, stage.out / "adapter", teacher.pin)
-        cast(PreTrainedModel, adapted.merge_and_unload()).save_pretrained(stage.out / "model")
+    save_student(adapted, teacher, dtype, stage.out)
     teacher.tokenizer().save_pretrained(stage.out / "model")
     return training_metrics(result, trainable, total)
-
-
-def _write_from_files(stage: Stage, adapted: PeftModel, teacher: Teacher, dtype: torch.dtype) -> None:
-    """adapter/ and model/ where the base in memory is not the teacher's own."""
-    files = WeightFiles(teacher.folder)
-    if distributed.is_main():
-        weights = base_fingerprint(adapted.get_base_model(), files, dtype)
-        save_delta(adapted, stage.out / "adapter", teacher.pin, weights)
-        save_merged(adapted, files, dtype, stage.out / "model")
-    files.close()
-    distributed.barrier()
-
-
-if __name__ == "__main__":
-    main(run, parallel=True)

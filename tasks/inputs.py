@@ -8,17 +8,20 @@ time and inode, so that a large teacher is not read again every time.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("inputs", tracked=False)  # before the imports below, which take seconds
+
 import json
-import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from lolcats_common.files import atomic_directory, sha256_file, write_json
-from lolcats_common.params import load_params
+from lolcats_common.files import sha256_file, write_json
 from lolcats_core.data import sources
 from lolcats_core.teacher.pin import describe as describe_teacher
-from tasks.runner.logs import setup_logging
-from tasks.runner.stage import guarded
+from tasks.runner.stage import Stage
 
 MEMORY = Path(".scratch") / "hashes.json"
 
@@ -50,25 +53,16 @@ class Hashes:
         write_json(self.path, self.new)
 
 
-def write(root: Path) -> None:
-    """Write teacher.json and data.json (kind, revision, SHA-256 by file) and metrics.json into outputs/inputs.
+def run(stage: Stage) -> Mapping[str, float]:
+    """Write teacher.json and data.json (kind, revision, SHA-256 by file); metrics of how many files there are.
 
     Raises:
         UserError: the teacher or the text is not there.
     """
-    started = time.monotonic()
-    params, hashes = load_params(root / "params.yaml"), Hashes(root / MEMORY)
-    with atomic_directory(root / "outputs" / "inputs") as out:
-        teacher = describe_teacher(params.teacher, root, hashes)
-        data = sources.describe(params.data, root, hashes)
-        write_json(out / "teacher.json", teacher)
-        write_json(out / "data.json", data)
-        seconds = time.monotonic() - started
-        metrics = {"teacher_files": len(teacher["files"]), "data_files": len(data["files"]), "seconds": seconds}
-        write_json(out / "metrics.json", metrics)
+    hashes = Hashes(stage.root / MEMORY)
+    teacher = describe_teacher(stage.params.teacher, stage.root, hashes)
+    data = sources.describe(stage.params.data, stage.root, hashes)
+    write_json(stage.out / "teacher.json", teacher)
+    write_json(stage.out / "data.json", data)
     hashes.save()
-
-
-if __name__ == "__main__":
-    setup_logging()
-    sys.exit(guarded(lambda: write(Path.cwd()), "inputs", Path.cwd()))
+    return {"teacher_files": len(teacher["files"]), "data_files": len(data["files"])}

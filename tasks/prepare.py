@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("prepare")  # before the imports below, which take seconds
+
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -17,13 +22,13 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_json
 from lolcats_common.params import DataParams
 from lolcats_common.progress import progress
-from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, Placement, Row
-from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
+from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, PositionOffset, Row
+from lolcats_core.data.records import Encoder, RecordError, Segment, detect_shape, segments_of
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.data.sources import Raw, describe, raw_records
+from lolcats_core.data.sources import RawRecord, describe, raw_records
 from lolcats_core.teacher.pin import Teacher
 from tasks.runner.record_schemas import check_rows, rejected_records
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 REJECTED = "rejected.jsonl"
 BATCH_RECORDS, BATCH_BYTES = 1000, 2_000_000  # what is held and tokenized at a time, whichever is reached first
@@ -42,24 +47,24 @@ class Counts:
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     reasons: list[str] = field(default_factory=list)
 
-    def add(self, side: str, size: int, tokens: int) -> None:
+    def add(self, name: str, size: int, tokens: int) -> None:
         """Count a document that goes into a split."""
-        self.documents[side] += 1
+        self.documents[name] += 1
         self.bytes += size
         self.tokens += tokens
 
 
 class Split:
-    """Rows of one side, up to its bound; with `place`, each at a place of its own."""
+    """Rows of one split, up to its bound; with `offset`, at positions of their own."""
 
     def __init__(
         self,
         writer: TokenRowsWriter,
         packer: ConcatenatedPacker | DocumentPacker,
         max_tokens: int | None,
-        place: Placement | None,
+        offset: PositionOffset | None,
     ) -> None:
-        self.writer, self.packer, self.place = writer, packer, place
+        self.writer, self.packer, self.offset = writer, packer, offset
         self.max_rows = None if max_tokens is None else max_tokens // writer.sequence_length
 
     @property
@@ -70,7 +75,7 @@ class Split:
     def _write(self, rows: Iterator[Row]) -> None:
         for row in rows:
             if not self.full:
-                self.writer.append(**(self.place(row) if self.place else row))
+                self.writer.append(**(self.offset(row) if self.offset else row))
 
     def add(self, tokens: list[int], targets: list[bool]) -> None:
         self._write(self.packer.add(tokens, targets))
@@ -79,13 +84,13 @@ class Split:
         self._write(self.packer.flush())
 
 
-def document_hash(document: list[Piece]) -> bytes:
+def document_hash(document: list[Segment]) -> bytes:
     """SHA-256 of a document's text with line ends and outer white space made alike: exact duplicates share it."""
-    text = "\0".join(piece.text for piece in document)
+    text = "\0".join(segment.text for segment in document)
     return hashlib.sha256("\n".join(text.strip().splitlines()).encode("utf-8", "surrogatepass")).digest()
 
 
-def side_of(digest: bytes, validation_share: float) -> str:
+def split_of(digest: bytes, validation_share: float) -> str:
     """The split a document belongs to: a function of its content alone, whatever stands around it."""
     return "validation" if int.from_bytes(digest[:8], "big") < validation_share * 2**64 else "train"
 
@@ -94,7 +99,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write train/, validation/, rejected.jsonl and data.json; counts as metrics. A killed run starts over.
 
     Raises:
-        UserError: the source cannot be read, too many records are rejected, or a side ends up empty.
+        UserError: the source cannot be read, too many records are rejected, or a split ends up empty.
     """
     data = stage.params.data
     teacher = Teacher.open(stage.input("teacher"))
@@ -104,7 +109,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     encoder, counts = Encoder(tokenizer), Counts()
     completion_only, by_document = data.loss_on == "completion", data.packing == "documents"
     with ExitStack() as stack:
-        sides: dict[str, Split] = {}
+        splits: dict[str, Split] = {}
         for name, bound in zip(SPLITS, (data.max_train_tokens, data.max_validation_tokens), strict=True):
             packer = (
                 DocumentPacker(data.sequence_length, encoder.eos)
@@ -112,30 +117,30 @@ def run(stage: Stage) -> Mapping[str, float]:
                 else ConcatenatedPacker(data.sequence_length, completion_only)
             )
             below = _range(data, name)
-            place = None if below is None else Placement(data.sequence_length, below)
+            offset = None if below is None else PositionOffset(data.sequence_length, below)
             writer = TokenRowsWriter(
                 stage.out / name,
                 sequence_length=data.sequence_length,
                 vocab_size=vocab,
-                columns=tuple(dict.fromkeys((*packer.columns, *(["position_ids"] if place else [])))),
+                columns=tuple(dict.fromkeys((*packer.columns, *(["position_ids"] if offset else [])))),
                 positions=below,
             )
-            sides[name] = Split(stack.enter_context(writer), packer, bound, place)
+            splits[name] = Split(stack.enter_context(writer), packer, bound, offset)
         rejected = stack.enter_context((stage.scratch / REJECTED).open("w", encoding="utf-8"))
-        for found in _documents(stage, tokenizer, counts, rejected, sides):
+        for found in _documents(stage, tokenizer, counts, rejected, splits):
             encoded = encoder.encode([document for document, _, _ in found])
-            for (tokens, targets), (_, side, size) in zip(encoded, found, strict=True):
-                if not sides[side].full:
-                    counts.add(side, size, len(tokens))
-                    sides[side].add(tokens, targets)
-        for split in sides.values():
+            for (tokens, targets), (_, name, size) in zip(encoded, found, strict=True):
+                if not splits[name].full:
+                    counts.add(name, size, len(tokens))
+                    splits[name].add(tokens, targets)
+        for split in splits.values():
             split.finish()
         rejected.flush()
-        _check_counts(data, counts, sides, stage.scratch / REJECTED)
+        _check_counts(data, counts, splits, stage.scratch / REJECTED)
     (stage.out / REJECTED).write_bytes((stage.scratch / REJECTED).read_bytes())
     for name in SPLITS:
         _check_written(stage.out / name, _range(data, name))
-    metrics = _metrics(counts, sides)
+    metrics = _metrics(counts, splits)
     write_json(
         stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(teacher.pin_dir))}
     )
@@ -148,9 +153,9 @@ def run(stage: Stage) -> Mapping[str, float]:
     return metrics
 
 
-def _range(data: DataParams, side: str) -> int | None:
-    """`position_range` of a side: validation is at the positions that a text begins with."""
-    return data.position_range if side == "train" else None
+def _range(data: DataParams, name: str) -> int | None:
+    """`position_range` of a split: validation is at the positions that a text begins with."""
+    return data.position_range if name == "train" else None
 
 
 def _check_bounds(data: DataParams) -> None:
@@ -169,40 +174,40 @@ def _files(pin: Path) -> dict[str, str]:
 
 
 def _documents(
-    stage: Stage, tokenizer: Any, counts: Counts, rejected: Any, sides: Mapping[str, Split]
-) -> Iterator[list[tuple[list[Piece], str, int]]]:
-    """Batches of usable documents that their side has room for, each once; the others are counted and noted."""
+    stage: Stage, tokenizer: Any, counts: Counts, rejected: Any, splits: Mapping[str, Split]
+) -> Iterator[list[tuple[list[Segment], str, int]]]:
+    """Batches of usable documents that their split has room for, each once; the others are counted and noted."""
     data = stage.params.data
     # 16 bytes a document: the chance that two of a billion differing documents collide is below 1e-20.
     seen: set[bytes] = set()
-    target = sum(split.max_rows or 0 for split in sides.values())
-    bounded = all(split.max_rows is not None for split in sides.values())
+    target = sum(split.max_rows or 0 for split in splits.values())
+    bounded = all(split.max_rows is not None for split in splits.values())
     with progress(target if bounded else 1, "packing rows") as shown:
         done = 0
         records = raw_records(data, stage.root)
         while batch := _batch(records):
-            found: list[tuple[list[Piece], str, int]] = []
+            found: list[tuple[list[Segment], str, int]] = []
             for document, size in _checked(batch, data, tokenizer, counts, rejected):
                 digest = document_hash(document)
                 if digest[:16] in seen:
                     counts.duplicates += 1
                     continue
                 seen.add(digest[:16])
-                side = side_of(digest, data.validation_share)
-                if sides[side].full:
+                name = split_of(digest, data.validation_share)
+                if splits[name].full:
                     continue
-                found.append((document, side, size))
+                found.append((document, name, size))
             yield found
-            rows = sum(split.writer.rows for split in sides.values())
+            rows = sum(split.writer.rows for split in splits.values())
             shown.update(rows - done if bounded else 0, records=counts.read)
             done = rows
-            if _enough(sides["train"], sides["validation"]):
+            if _enough(splits["train"], splits["validation"]):
                 return
 
 
-def _batch(records: Iterator[Raw]) -> tuple[Raw, ...]:
+def _batch(records: Iterator[RawRecord]) -> tuple[RawRecord, ...]:
     """The next records, up to a number of them and of bytes, so that a few huge ones do not fill the memory."""
-    batch: list[Raw] = []
+    batch: list[RawRecord] = []
     size = 0
     for raw in records:
         batch.append(raw)
@@ -220,14 +225,14 @@ def _length(value: Any) -> int:
 
 
 def _enough(train: Split, validation: Split) -> bool:
-    """Both sides are full; where only `max_train_tokens` is set, validation need only have a row."""
+    """Both splits are full; where only `max_train_tokens` is set, validation need only have a row."""
     return train.full and (validation.full or (validation.max_rows is None and validation.writer.rows > 0))
 
 
 def _checked(
-    batch: tuple[Raw, ...], data: DataParams, tokenizer: Any, counts: Counts, rejected: Any
-) -> Iterator[tuple[list[Piece], int]]:
-    """Records of a batch that pass their schema, in order, as pieces with their size in bytes."""
+    batch: tuple[RawRecord, ...], data: DataParams, tokenizer: Any, counts: Counts, rejected: Any
+) -> Iterator[tuple[list[Segment], int]]:
+    """Records of a batch that pass their schema, in order, as segments with their size in bytes."""
     reasons: dict[int, str] = {}
     shapes: dict[str, list[int]] = {}
     for index, raw in enumerate(batch):
@@ -247,8 +252,8 @@ def _checked(
         counts.read += 1
         if index not in reasons and raw.fields is not None:
             try:
-                document = pieces(raw.fields, shape_of[index], data.loss_on == "completion", tokenizer)
-                size = sum(len(piece.text.encode()) for piece in document)
+                document = segments_of(raw.fields, shape_of[index], data.loss_on == "completion", tokenizer)
+                size = sum(len(segment.text.encode()) for segment in document)
             except RecordError as error:
                 reasons[index] = str(error)
             except UnicodeEncodeError:
@@ -263,7 +268,7 @@ def _checked(
         rejected.write(json.dumps({"where": raw.where, "reason": reason}) + "\n")
 
 
-def _check_counts(data: DataParams, counts: Counts, sides: Mapping[str, Split], rejected: Path) -> None:
+def _check_counts(data: DataParams, counts: Counts, splits: Mapping[str, Split], rejected: Path) -> None:
     examples = "; ".join(counts.reasons)
     share = counts.rejected / max(counts.read, 1)
     if share > data.max_rejected_share:
@@ -273,7 +278,7 @@ def _check_counts(data: DataParams, counts: Counts, sides: Mapping[str, Split], 
         )
     if counts.read == 0:
         raise UserError(f"`data.source`: {data.source} holds no record")
-    for name, split in sides.items():
+    for name, split in splits.items():
         if split.writer.rows == 0:
             raise UserError(
                 f"no {name} row of {data.sequence_length} tokens came out of {counts.documents[name]} documents"
@@ -292,7 +297,7 @@ def _check_written(path: Path, below: int | None) -> None:
             raise RuntimeError(f"{path.name}: packed rows are wrong: {error}") from error
 
 
-def _metrics(counts: Counts, sides: Mapping[str, Split]) -> dict[str, float]:
+def _metrics(counts: Counts, splits: Mapping[str, Split]) -> dict[str, float]:
     metrics: dict[str, float] = {
         "records_read": counts.read,
         "records_rejected": counts.rejected,
@@ -300,7 +305,7 @@ def _metrics(counts: Counts, sides: Mapping[str, Split]) -> dict[str, float]:
         "duplicates": counts.duplicates,
         "bytes_per_token": counts.bytes / max(counts.tokens, 1),
     }
-    for name, split in sides.items():
+    for name, split in splits.items():
         metrics[f"{name}_documents"] = counts.documents[name]
         metrics[f"{name}_rows"] = split.writer.rows
         metrics[f"{name}_tokens"] = split.writer.rows * split.writer.sequence_length
@@ -308,7 +313,3 @@ def _metrics(counts: Counts, sides: Mapping[str, Split]) -> dict[str, float]:
         unused = packer.filled if isinstance(packer, DocumentPacker) else packer.dropped
         metrics[f"{name}_{'filler' if isinstance(packer, DocumentPacker) else 'dropped'}_tokens"] = unused
     return metrics | {"tokens": metrics["train_tokens"] + metrics["validation_tokens"]}
-
-
-if __name__ == "__main__":
-    main(run)

@@ -1,6 +1,11 @@
-"""Stage `report`: one HTML file that says everything a run found, and needs nothing but a browser to open."""
+"""Stage `report`: one HTML file with everything that a run found, which a browser alone opens."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("report")  # before the imports below, which take seconds
 
 import json
 from collections.abc import Mapping
@@ -10,11 +15,11 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lolcats_common.errors import UserError
-from lolcats_common.files import write_json, write_text
+from lolcats_common.files import read_json, write_json, write_text
+from lolcats_common.records import SIDES, STEPS, Evaluation, SelectionRecord
 from tasks.reporting import figures
-from tasks.reporting.report_html import STEPS, Facts, page
-from tasks.runner.stage import Stage, main
+from tasks.reporting.report_html import Facts, page
+from tasks.runner.stage import Stage
 
 STAGES = ("teacher", "prepare", "transfer", "select", "finetune", "evaluate")
 
@@ -40,8 +45,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     histories = {name: history(stage, name) for name in ("transfer", "finetune")}
     for name, points in plots(facts.evaluation, histories).items():
         write_json(stage.out / "plots" / f"{name}.json", points)
-    selection = read(stage, "select", "selection.json")
-    drawn = draw(facts, selection, histories, params.data.sequence_length)
+    drawn = draw(facts.evaluation, read(stage, "select", "selection.json"), histories, params.data.sequence_length)
     with matplotlib.rc_context({"svg.hashsalt": "lolcats"}):  # the same figures are the same bytes
         for name, figure in drawn.items():
             figure.savefig(stage.out / f"{name}.svg", metadata={"Date": None, "Creator": None})
@@ -51,17 +55,13 @@ def run(stage: Stage) -> Mapping[str, float]:
     return {"bytes": len(html.encode())}
 
 
-def read(stage: Stage, name: str, file: str) -> dict[str, Any]:
+def read(stage: Stage, name: str, file: str) -> Any:
     """A JSON object among an earlier stage's outputs.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    path = stage.input(name) / file
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); run `dvc repro {name}`") from None
+    return read_json(stage.input(name) / file, f"run `dvc repro {name}`")
 
 
 def history(stage: Stage, name: str) -> list[dict[str, float]]:
@@ -70,9 +70,7 @@ def history(stage: Stage, name: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def plots(
-    evaluation: Mapping[str, Any], histories: Mapping[str, list[dict[str, float]]]
-) -> dict[str, list[dict[str, float]]]:
+def plots(evaluation: Evaluation, histories: Mapping[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
     """Points that DVC plots and compares between revisions, by the name of their file; JSON lines it cannot read."""
     found = {
         f"{stage}/{part}": [{"step": e["step"], "loss": e[key]} for e in entries if key in e]
@@ -81,32 +79,37 @@ def plots(
     }
     recall, positions = evaluation["recall"], evaluation["positions"]
     found["recall"] = [
-        {"gap": int(gap)} | {model: recall[model][gap]["value"] for model in figures.MODELS}
+        {"gap": int(gap)} | {side: recall[side][gap]["value"] for side in SIDES}
         for gap in sorted(recall.get("teacher", {}), key=int)
     ]
-    ranges = zip(*(positions[model]["ranges"] for model in figures.MODELS), strict=True) if positions else ()
+    ranges = zip(*(positions[side]["ranges"] for side in SIDES), strict=True) if positions else ()
     found["positions"] = [
-        {"position": entry[0]["stop"]} | {model: e["loss"] for model, e in zip(figures.MODELS, entry, strict=True)}
+        {"position": entry[0]["stop"]} | {side: e["loss"] for side, e in zip(SIDES, entry, strict=True)}
         for entry in ranges
     ]
     return found
 
 
 def draw(
-    facts: Facts, selection: dict[str, Any], histories: Mapping[str, list[dict[str, float]]], trained: int
+    evaluation: Evaluation, selection: SelectionRecord, histories: Mapping[str, list[dict[str, float]]], trained: int
 ) -> dict[str, Figure]:
-    """Every figure that the results allow, by name, in the report's order."""
-    evaluation, transfer, finetune = facts.evaluation, histories["transfer"], histories["finetune"]
-    perplexity = evaluation["perplexity"]
+    """Every figure that the results allow, by name, in the report's order.
+
+    Args:
+        trained: the length of the training rows in tokens.
+    """
+    transfer, finetune = histories["transfer"], histories["finetune"]
+    perplexity, audit = evaluation["perplexity"], evaluation["audit"]
     drawn: dict[str, Figure | None] = {
-        "perplexity": figures.perplexity_figure({step: perplexity[step] for step in STEPS if step in perplexity})
+        "perplexity": figures.perplexity_figure(
+            {step: perplexity[step] for step in (*STEPS, "bigram") if step in perplexity}
+        )
     }
     if any(evaluation["recall"].values()):
         drawn["recall"] = figures.recall_figure(evaluation["recall"])
     drawn["recovery"] = figures.recovery_figure(evaluation["tasks"])
     if evaluation["positions"]:
         drawn["positions"] = figures.positions_figure(evaluation["positions"], trained)
-    audit = evaluation["audit"]
     if audit:
         drawn["audit"] = figures.audit_figure(audit)
         if audit["linear_mass"]:
@@ -125,7 +128,3 @@ def draw(
     if finetune:
         drawn["finetune_loss"] = figures.loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-if __name__ == "__main__":
-    main(run)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("select")  # before the imports below, which take seconds
+
 import json
 from collections.abc import Mapping
 
@@ -12,12 +17,13 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import empty_student, read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.model.map_files import read_feature_maps, restrict_maps, write_feature_maps
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.selection import NEEDS_MODEL, Divergence, choose_softmax, student_divergence
 from tasks.reporting.figures import selection_figure
 from tasks.runner.artifacts import MAPS, open_rows
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -52,7 +58,3 @@ def _divergence(stage: Stage, source: Teacher, settings: LinearizeConfig) -> Div
     count = stage.params.select.rows
     batch_size = rows_per_forward(count, rows.sequence_length, teacher.config.vocab_size)
     return student_divergence(teacher, student, rows, count, batch_size)
-
-
-if __name__ == "__main__":
-    main(run)

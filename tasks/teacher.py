@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from tasks.runner.stage import main
+
+    main("teacher")  # before the imports below, which take seconds
+
 from collections.abc import Mapping
 
 from lolcats_core.teacher.pin import resolve_teacher, write_pin
-from tasks.runner.stage import Stage, main
+from tasks.runner.stage import Stage
 
 
 def run(stage: Stage) -> Mapping[str, float]:
@@ -18,7 +23,3 @@ def run(stage: Stage) -> Mapping[str, float]:
         "vocab_size": pin.vocab_size,
         "bytes": pin.bytes,
     }
-
-
-if __name__ == "__main__":
-    main(run)

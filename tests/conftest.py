@@ -9,8 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
+import yaml
+
+# How long an example takes says nothing where other work shares the machine.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
@@ -67,88 +76,32 @@ def forget_store() -> None:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
-FAKE_STAGE = """
-import importlib.util, json, sys, time, types
-from pathlib import Path
+# What each stage of a fake project needs besides the parameters that it reads.
+FAKE_STAGES: dict[str, dict[str, Any]] = {
+    "teacher": {"deps": ["stages/fake.py"], "params": ["seed", "teacher"]},
+    "prepare": {"deps": ["outputs/teacher/teacher.json"], "params": ["data"]},
+    "transfer": {"deps": ["outputs/prepare/result.txt"], "params": ["linearize", "transfer"]},
+    "finetune": {"deps": ["outputs/transfer/result.txt"], "params": ["finetune"]},
+    "evaluate": {"deps": ["outputs/finetune/model"], "params": ["evaluate"]},
+}
 
-# The harness needs a few small modules of the library; its package would load transformers for seconds.
-package = types.ModuleType("lolcats_core")
-package.__path__ = importlib.util.find_spec("lolcats_core").submodule_search_locations
-sys.modules["lolcats_core"] = package
 
-from tasks.runner.stage import main
+def fake_dvc(*names: str, **changed: dict[str, Any]) -> str:
+    """A dvc.yaml of the fake stages `names`; what `changed` says of a stage replaces or adds to what it has."""
+    stages = {
+        name: {"cmd": f"python stages/fake.py {name}", "outs": [f"outputs/{name}"]}
+        | FAKE_STAGES.get(name, {})
+        | changed.get(name, {})
+        for name in names
+    }
+    return yaml.safe_dump({"stages": stages}, sort_keys=False)
 
-name = sys.argv.pop(1)
 
-def pause(step):
-    seconds, _, held = Path("pause.txt").read_text().partition(" ")
-    time.sleep(float(seconds))
-    while held and f"{name} {step}" in Path(held).read_text().splitlines():
-        time.sleep(0.05)
-
-def run(stage):
-    from lolcats_common.errors import UserError
-    if stage.params.seed == 13:
-        raise UserError("`seed` 13 brings bad luck; take another")
-    step_file = stage.scratch / "step.txt"
-    step = int(step_file.read_text()) if step_file.exists() else 0
-    started_at = step
-    while step < 8:
-        step += 1
-        stage.log_metrics({"loss": 1.0 / step}, step)
-        step_file.write_text(str(step))
-        print(f"{name} step {step}", flush=True)
-        pause(step)
-    quality = Path("outputs/inputs/data.txt")
-    perplexity = float(quality.read_text()) if quality.exists() else 12.0
-    (stage.out / "result.txt").write_text(f"{name} {stage.params.finetune.lr if name == 'finetune' else ''}")
-    if name == "teacher":
-        (stage.out / "teacher.json").write_text(json.dumps({"source": "fake", "revision": "r1"}))
-    if name == "finetune":
-        (stage.out / "model").mkdir()
-        (stage.out / "model" / "config.json").write_text(json.dumps({"lr": stage.params.finetune.lr}))
-        if quality.exists():
-            (stage.out / "model" / "weights.txt").write_text(str(perplexity))
-    if name == "evaluate":
-        measured = {"value": 0.5, "stderr": 0.1}
-        (stage.out / "evaluation.json").write_text(json.dumps({
-            "perplexity": {"teacher": 10.0, "swapped": 100.0, "transferred": 20.0, "finetuned": perplexity,
-                "bigram": 400.0},
-            "recall": {"teacher": {"128": measured}, "finetuned": {"128": measured}},
-            "tasks": {"code_continuation": {"metric": "acc", "teacher": measured, "finetuned": measured, "items": 8}},
-            "lm_eval_version": "0", "task_hashes": {}}))
-    return {"tokens": 100, "trainable_parameters": 1, "total_parameters": 50, "started_at": started_at}
-
-main(run, name)
-"""
-
-FAKE_DVC = """stages:
-  teacher:
-    cmd: python stages/fake.py teacher
-    deps: [stages/fake.py]
-    params: [seed, teacher]
-    outs: [outputs/teacher]
-  prepare:
-    cmd: python stages/fake.py prepare
-    deps: [outputs/teacher/teacher.json]
-    params: [data]
-    outs: [outputs/prepare]
-  transfer:
-    cmd: python stages/fake.py transfer
-    deps: [outputs/prepare/result.txt]
-    params: [linearize, transfer]
-    outs: [outputs/transfer]
-  finetune:
-    cmd: python stages/fake.py finetune
-    deps: [outputs/transfer/result.txt]
-    params: [finetune]
-    outs: [outputs/finetune]
-  evaluate:
-    cmd: python stages/fake.py evaluate
-    deps: [outputs/finetune/model]
-    params: [evaluate]
-    outs: [outputs/evaluate]
-"""
+def shell_stage(copy: str, source: str) -> dict[str, Any]:
+    """For `fake_dvc`: a stage without Python that copies a file and names the call it ran in, as the harness does."""
+    folder = Path(copy).parent
+    ran = f"""printf '{{"repro": "%s"}}' "$LOLCATS_REPRO" > {folder}/run.json"""
+    return {"cmd": f"echo hello && mkdir -p {folder} && cp {source} {copy} && {ran}", "deps": [source]}
 
 
 def run_git(root: Path, *arguments: str) -> str:
@@ -179,8 +132,8 @@ def make_fake_project(folder: Path) -> Path:
     """A git checkout with DVC whose five stages count to eight; `pause.txt` holds the seconds per step."""
     root = folder / "project"
     (root / "stages").mkdir(parents=True)
-    (root / "stages" / "fake.py").write_text(FAKE_STAGE)
-    (root / "dvc.yaml").write_text(FAKE_DVC)
+    shutil.copy(ROOT / "tests" / "fake_stage.py", root / "stages" / "fake.py")
+    (root / "dvc.yaml").write_text(fake_dvc(*FAKE_STAGES))
     (root / "pause.txt").write_text("0")
     # The fake model is no model: the gates that load it have tests of their own, with a real one.
     params = (ROOT / "params.yaml").read_text()

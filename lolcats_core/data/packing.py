@@ -98,21 +98,21 @@ class DocumentPacker:
         return row
 
 
-class Placement:
+class PositionOffset:
     """Every other row at random positions below `below` instead of from 0 on, at the same ones in every run.
 
     A query and a key are turned by their absolute positions (RoPE) before the feature maps see them. Softmax attention
     sees only how far they are apart, so the teacher's outputs are the same everywhere; maps that have seen no position
-    beyond their rows' end do not copy them there. With all rows placed, those at the beginning of a text lose more
+    beyond their rows' end do not copy them there. With all rows shifted, those at the beginning of a text lose more
     (docs/recall.md). After position sampling for softmax models (arXiv 2305.16843, 2309.10400).
     """
 
     def __init__(self, length: int, below: int) -> None:
-        self.length, self.places = length, below - length + 1
-        self.random, self.placed = np.random.default_rng(0), True
+        self.length, self.starts = length, below - length + 1
+        self.random, self.shifted = np.random.default_rng(0), True
 
     def __call__(self, row: Row) -> Row:
-        """The row with `position_ids` from its place on."""
+        """The row with `position_ids` that begin at its offset."""
         positions = row.get("position_ids", np.arange(self.length))
-        self.placed = not self.placed
-        return {**row, "position_ids": positions + (self.random.integers(self.places) if self.placed else 0)}
+        self.shifted = not self.shifted
+        return {**row, "position_ids": positions + (self.random.integers(self.starts) if self.shifted else 0)}

@@ -1,4 +1,4 @@
-"""From a record's fields to pieces of text, with a note on which of them the loss is taken.
+"""From a record's fields to segments of text, with a note on which of them the loss is taken.
 
 Three shapes: `text`; Alpaca (`instruction`, `input`, `output`) in its published prompt; chat `messages` through the
 tokenizer's own template.
@@ -32,8 +32,12 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text of one document part; `target`: the loss is taken on its tokens. `special`: it came from a template."""
+class Segment:
+    """A part of a document's text.
+
+    Attributes:
+        target: the loss is taken on its tokens. special: it came from a template, so it may spell special tokens.
+    """
 
     text: str
     target: bool
@@ -68,9 +72,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, shape: str) -> None:
         raise UserError("`data.format`: chat messages need a chat template, and the teacher's tokenizer has none")
 
 
-def pieces(
+def segments_of(
     fields: Mapping[str, Any], shape: Shape, completion_only: bool, tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
+) -> list[Segment]:
     """The record's text in order; one record becomes one document.
 
     Args:
@@ -82,20 +86,20 @@ def pieces(
     if shape == "text":
         if completion_only:
             raise RecordError("plain text has no response to take the loss on: set `data.loss_on: all`")
-        return [Piece(fields["text"], True)]
+        return [Segment(fields["text"], True)]
     if shape == "alpaca":
         context = fields.get("input") or ""
         prompt = (PROMPT_WITH_INPUT if context.strip() else PROMPT).format(
             instruction=fields["instruction"], input=context
         )
-        return [Piece(prompt, not completion_only), Piece(fields["output"], True)]
+        return [Segment(prompt, not completion_only), Segment(fields["output"], True)]
     check_template(tokenizer, shape)
-    return _chat_pieces(fields["messages"], completion_only, tokenizer)
+    return _chat_segments(fields["messages"], completion_only, tokenizer)
 
 
-def _chat_pieces(
+def _chat_segments(
     messages: list[dict[str, Any]], completion_only: bool, tokenizer: PreTrainedTokenizerBase
-) -> list[Piece]:
+) -> list[Segment]:
     def render(count: int, prompt: bool = False) -> str:
         try:
             return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
@@ -104,27 +108,30 @@ def _chat_pieces(
 
     whole = render(len(messages))
     if not completion_only:
-        return [Piece(whole, True, special=True)]
-    found, done = [], ""
+        return [Segment(whole, True, special=True)]
+    segments, done = list[Segment](), ""
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before, after = render(index, prompt=True), render(index + 1)
         if not (before.startswith(done) and after.startswith(before)):
             raise RecordError("the chat template rewrites earlier turns, so responses cannot be told apart")
-        found += [Piece(before[len(done) :], False, special=True), Piece(after[len(before) :], True, special=True)]
+        segments += [
+            Segment(before[len(done) :], False, special=True),
+            Segment(after[len(before) :], True, special=True),
+        ]
         done = after
-    if not found:
+    if not segments:
         raise RecordError("no message of the assistant, so nothing to learn with `data.loss_on: completion`")
     if not whole.startswith(done):
         raise RecordError("the chat template rewrites earlier turns, so responses cannot be told apart")
-    return [piece for piece in [*found, Piece(whole[len(done) :], False, special=True)] if piece.text]
+    return [segment for segment in [*segments, Segment(whole[len(done) :], False, special=True)] if segment.text]
 
 
 class Encoder:
-    """Pieces to token ids: a leading BOS where the tokenizer adds one, EOS at the end of every document.
+    """Segments to token ids: a leading BOS where the tokenizer adds one, EOS at the end of every document.
 
-    Text that spells a special token ("<eos>" in a source file) stays text; only a chat template's pieces hold such.
+    Text that spells a special token ("<eos>" in a source file) stays text; only a chat template's segments hold such.
 
     Raises:
         UserError: the tokenizer has no end-of-text token.
@@ -137,18 +144,18 @@ class Encoder:
         added = tokenizer("", add_special_tokens=True).input_ids
         self.lead = [tokenizer.bos_token_id] if tokenizer.bos_token_id in added[:1] else []
 
-    def encode(self, documents: list[list[Piece]]) -> list[tuple[list[int], list[bool]]]:
+    def encode(self, documents: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
         """Token ids and target marks of each document; the texts go through the tokenizer together."""
-        plain = self._ids([piece.text for document in documents for piece in document if not piece.special], True)
-        special = self._ids([piece.text for document in documents for piece in document if piece.special], False)
+        plain = self._ids([segment.text for document in documents for segment in document if not segment.special], True)
+        special = self._ids([segment.text for document in documents for segment in document if segment.special], False)
         encoded = []
         for document in documents:
             tokens: list[int] = [] if document[0].special else list(self.lead)
             targets = [document[0].target] * len(tokens)
-            for piece in document:
-                part = next(special if piece.special else plain)
+            for segment in document:
+                part = next(special if segment.special else plain)
                 tokens += part
-                targets += [piece.target] * len(part)
+                targets += [segment.target] * len(part)
             if not tokens or tokens[-1] != self.eos:
                 tokens.append(self.eos)
                 targets.append(document[-1].target)

@@ -48,7 +48,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawRecord:
     """One record: where it stands and its fields, or the reason why it could not be read."""
 
     where: str
@@ -144,7 +144,7 @@ def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha
     return {"kind": "hub", "source": params.source, "revision": params.revision, "subset": params.subset, "files": {}}
 
 
-def raw_records(params: DataParams, root: Path) -> Iterator[Raw]:
+def raw_records(params: DataParams, root: Path) -> Iterator[RawRecord]:
     """Every record of the source in a fixed order, in bounded memory.
 
     Raises:
@@ -185,7 +185,7 @@ def _hash(file: Path, sha256: Callable[[Path], str]) -> str:
         raise UserError(f"`data.source`: {file} cannot be read: {error.strerror or error}") from None
 
 
-def _text_parts(file: Path) -> Iterator[Raw]:
+def _text_parts(file: Path) -> Iterator[RawRecord]:
     """A long text in documents of 32 to 64 KiB that end at an empty line; where there is none, at any line's end."""
     with file.open("rb") as stream:
         start, held = 0, b""
@@ -210,34 +210,34 @@ def _cut(data: bytes) -> int:
     return cut
 
 
-def _decoded(where: str, data: bytes) -> Raw:
+def _decoded(where: str, data: bytes) -> RawRecord:
     try:
-        return Raw(where, {"text": data.decode("utf-8")})
+        return RawRecord(where, {"text": data.decode("utf-8")})
     except UnicodeDecodeError as error:
-        return Raw(where, reason=f"not UTF-8 at byte {error.start}")
+        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
 
 
 def _name_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _text_file(file: Path, where: str, limit: int) -> Raw:
+def _text_file(file: Path, where: str, limit: int) -> RawRecord:
     try:
         size = file.stat().st_size
         if size > limit:
-            return Raw(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
-        return Raw(where, {"text": file.read_text(encoding="utf-8")})
+            return RawRecord(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
+        return RawRecord(where, {"text": file.read_text(encoding="utf-8")})
     except UnicodeDecodeError as error:
-        return Raw(where, reason=f"not UTF-8 at byte {error.start}")
+        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
     except OSError as error:
-        return Raw(where, reason=f"cannot be read: {error.strerror}")
+        return RawRecord(where, reason=f"cannot be read: {error.strerror}")
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _jsonl_records(file: Path, limit: int) -> Iterator[Raw]:
+def _jsonl_records(file: Path, limit: int) -> Iterator[RawRecord]:
     with file.open("rb") as lines:
         number = 0
         while line := lines.readline(limit + 2):
@@ -246,22 +246,23 @@ def _jsonl_records(file: Path, limit: int) -> Iterator[Raw]:
             if len(line) > limit + 1 or (len(line) == limit + 1 and not line.endswith(b"\n")):
                 while line and not line.endswith(b"\n"):
                     line = lines.readline(limit)
-                yield Raw(where, reason=f"longer than `data.max_record_bytes` {limit}")
+                yield RawRecord(where, reason=f"longer than `data.max_record_bytes` {limit}")
                 continue
             if not line.strip():
                 continue
             try:
                 value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
             except UnicodeDecodeError as error:
-                yield Raw(where, reason=f"not UTF-8 at byte {error.start}")
+                yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
             except (ValueError, RecursionError) as error:
-                yield Raw(where, reason=f"not valid JSON: {error}")
+                yield RawRecord(where, reason=f"not valid JSON: {error}")
             else:
                 known = isinstance(value, dict)
-                yield Raw(where, value) if known else Raw(where, reason=f"not an object but {type(value).__name__}")
+                reason = None if known else f"not an object but {type(value).__name__}"
+                yield RawRecord(where, value if known else None, reason)
 
 
-def _parquet_records(file: Path) -> Iterator[Raw]:
+def _parquet_records(file: Path) -> Iterator[RawRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -274,14 +275,14 @@ def _parquet_records(file: Path) -> Iterator[Raw]:
                 number += 1
                 where = f"{file.name}:{number}"
                 try:
-                    yield Raw(where, batch.slice(index, 1).to_pylist()[0])
+                    yield RawRecord(where, batch.slice(index, 1).to_pylist()[0])
                 except UnicodeDecodeError as error:
-                    yield Raw(where, reason=f"not UTF-8 at byte {error.start}")
+                    yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
 
 
-def _hub_records(params: DataParams) -> Iterator[Raw]:
+def _hub_records(params: DataParams) -> Iterator[RawRecord]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -291,7 +292,7 @@ def _hub_records(params: DataParams) -> Iterator[Raw]:
             params.source, name=params.subset, split=params.split, revision=params.revision, streaming=True
         )
         for number, fields in enumerate(rows, 1):
-            yield Raw(f"{params.source}:{number}", dict(fields))
+            yield RawRecord(f"{params.source}:{number}", dict(fields))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"`data.source`: {name} was not found, or is gated (accept its terms and set HF_TOKEN): {error}"

@@ -6,6 +6,7 @@ ask this module list it in dvc.yaml. `doctor` and `plan` print the same estimate
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from lolcats_common.params import Params
 from lolcats_core.estimation.shapes import ModelShape
 from lolcats_core.model.forward import MAX_FLOAT_LOGITS
 
+logger = logging.getLogger(__name__)
 GIB = 2**30
 # Share of a device's memory up to which an estimate counts as fitting.
 FITS = 0.9
@@ -76,8 +78,19 @@ def device_memory(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def choose_transfer_mode(params: Params, shape: ModelShape, device: torch.device) -> str:
+    """How stage 1 runs on `device`, ``joint`` or ``streamed``, and why as a log line."""
+    memory = device_memory(device)
+    mode = transfer_mode(params, shape, memory)
+    need = transfer_memory(params, shape) if mode == "joint" else streamed_memory(params, shape)
+    logger.info("transfer: %s (about %.1f GiB of %.0f GiB)", mode, need / GIB, memory / GIB)
+    return mode
+
+
 def transfer_mode(params: Params, shape: ModelShape, memory: float) -> str:
     """``joint`` or ``streamed``: what `transfer.mode: auto` means for `memory` bytes on the training device."""
+    if not params.transfer.enabled:
+        return "joint"
     if params.transfer.mode != "auto":
         return params.transfer.mode
     # Several processes divide the weights.

@@ -1,4 +1,4 @@
-"""What a linearized model leans on: each branch and each layer switched off, and where its attention goes.
+"""An audit of a linearized model: each branch and each layer switched off, and where its attention goes.
 
 Hybrids can reach a good perplexity by their window alone (arXiv 2510.05901); these numbers show it.
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lolcats_common.errors import UserError
+from lolcats_common.records import Audit, LayerAblation
 from lolcats_core.model.branches import Branch, without_branch
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.forward import causal_logits, evaluating, model_device
@@ -63,7 +64,7 @@ def softmax_off(student: PreTrainedModel, layer_index: int) -> Iterator[None]:
         handle.remove()
 
 
-def ablations(student: PreTrainedModel, rows: Rows, *, batch_size: int, max_rows: int) -> dict[str, Any]:
+def ablations(student: PreTrainedModel, rows: Rows, *, batch_size: int, max_rows: int) -> Audit:
     """Perplexity of the model as it is and with parts of it off, over the same rows.
 
     Returns:
@@ -77,13 +78,14 @@ def ablations(student: PreTrainedModel, rows: Rows, *, batch_size: int, max_rows
         except UserError:
             return None
 
-    found: dict[str, Any] = {"whole": measured(), "layers": {}}
-    for branch in ("linear", "window"):
-        with branch_off(student, cast(Branch, branch)):
-            found[f"{branch}_off"] = measured()
+    found: Audit = {"whole": measured(), "layers": {}}
+    with branch_off(student, "linear"):
+        found["linear_off"] = measured()
+    with branch_off(student, "window"):
+        found["window_off"] = measured()
     for layer in attention_layers(student):
         index, maps = layer.layer_idx, getattr(layer, "feature_maps", None)
-        entry: dict[str, float | None] = {}
+        entry: LayerAblation = {}
         if maps is not None:
             with branch_off(student, "linear", [index]):
                 entry["linear_off"] = measured()

@@ -1,6 +1,6 @@
-"""Generation first: what a model writes greedily, beside what its teacher writes, and what the writing costs.
+"""Greedy continuations of a model beside its teacher's, and what generating them costs.
 
-Log-likelihoods hide what is lost when a model has to live with its own words (arXiv 2603.26556).
+Log-likelihoods hide what is lost once a model reads its own output (arXiv 2603.26556).
 
 # B batch, T tokens of the prompt, N new tokens
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lolcats_common.records import Cost, Generation, Measured
 from lolcats_core.evaluation.recall import mean_and_stderr
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.forward import evaluating, model_device
@@ -29,7 +30,7 @@ def prompts(rows: Rows, count: int, tokens: int) -> Tensor:
     return rows.batch(range(min(count, len(rows))))["input_ids"][:, :tokens]
 
 
-def continue_greedily(model: nn.Module, input_ids: Tensor, new_tokens: int) -> tuple[list[list[int]], dict[str, float]]:
+def continue_greedily(model: nn.Module, input_ids: Tensor, new_tokens: int) -> tuple[list[list[int]], Cost]:
     """The most probable token, `new_tokens` times, from the model's own cache.
 
     Args:
@@ -56,7 +57,7 @@ def continue_greedily(model: nn.Module, input_ids: Tensor, new_tokens: int) -> t
                 cache = out.past_key_values
                 out = model(input_ids=written[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         decoded = _now(device)
-    cost = {
+    cost: Cost = {
         "prefill_tokens_per_second": ids.numel() / max(prefilled - started, 1e-9),
         "decode_tokens_per_second": len(ids) * max(1, new_tokens - 1) / max(decoded - prefilled, 1e-9),
         "cache_bytes": float(cache_bytes(out.past_key_values)),
@@ -116,14 +117,14 @@ def shared_prefix(reference: Sequence[int], tokens: Sequence[int]) -> int:
     return min(len(reference), len(tokens))
 
 
-def compare_writing(teacher: list[list[int]], student: list[list[int]], end: Sequence[int]) -> dict[str, Any]:
-    """Measures of the student's texts beside the teacher's, each as ``value`` and ``stderr`` over prompts.
+def compare_writing(teacher: list[list[int]], student: list[list[int]], end: Sequence[int]) -> Generation:
+    """Measures of the student's texts beside the teacher's, over prompts.
 
     Args:
         teacher, student: of `continue_greedily`, for the same prompts.
 
     Returns:
-        ``exact_prefix`` (tokens alike from the start), ``token_f1``, ``same_stop`` (share where both end, at the same
+        ``exact_prefix`` (equal tokens from the start), ``token_f1``, ``same_stop`` (share where both end, at the same
         token, or neither does), and for each of them ``repetition`` and ``stopped`` (share that ended).
     """
     cut = [(until_end(a, end), until_end(b, end)) for a, b in zip(teacher, student, strict=True)]
@@ -132,13 +133,17 @@ def compare_writing(teacher: list[list[int]], student: list[list[int]], end: Seq
         float(a_stops == b_stops and (not a_stops or len(a) == len(b)))
         for (a, b), (a_stops, b_stops) in zip(cut, stops, strict=True)
     ]
-    values = {
-        "exact_prefix": [float(shared_prefix(a, b)) for a, b in cut],
-        "token_f1": [token_f1(a, b) for a, b in cut],
-        "same_stop": same,
-        "repetition_teacher": [repetition(a) for a, _ in cut],
-        "repetition_finetuned": [repetition(b) for _, b in cut],
-        "stopped_teacher": [float(a) for a, _ in stops],
-        "stopped_finetuned": [float(b) for _, b in stops],
+    return {
+        "exact_prefix": _measured([float(shared_prefix(a, b)) for a, b in cut]),
+        "token_f1": _measured([token_f1(a, b) for a, b in cut]),
+        "same_stop": _measured(same),
+        "repetition_teacher": _measured([repetition(a) for a, _ in cut]),
+        "repetition_finetuned": _measured([repetition(b) for _, b in cut]),
+        "stopped_teacher": _measured([float(a) for a, _ in stops]),
+        "stopped_finetuned": _measured([float(b) for _, b in stops]),
     }
-    return {name: dict(zip(("value", "stderr"), mean_and_stderr(found), strict=True)) for name, found in values.items()}
+
+
+def _measured(values: Sequence[float]) -> Measured:
+    value, stderr = mean_and_stderr(values)
+    return {"value": value, "stderr": stderr}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lolcats_common.records import PositionRange
 from lolcats_core.model.forward import causal_logits, evaluating, model_device
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.perplexity import next_token_targets
@@ -47,7 +48,7 @@ def buckets(length: int) -> list[tuple[int, int]]:
 
 def loss_by_position(
     model: nn.Module, batch: dict[str, Tensor], *, on_rows: Callable[[int], None] | None = None
-) -> list[dict[str, float]]:
+) -> list[PositionRange]:
     """Mean next-token loss of each range of positions, one row at a time.
 
     Args:
@@ -70,7 +71,7 @@ def loss_by_position(
             if on_rows is not None:
                 on_rows(1)
     loss, counted = torch.stack(losses), torch.stack(counts)
-    found = []
+    found: list[PositionRange] = []
     for start, stop in buckets(loss.shape[1] + 1):
         inside = slice(max(0, start - 1), stop - 1)
         chosen = loss[:, inside][counted[:, inside]]

@@ -90,7 +90,7 @@ class ResultCache:
         self.folder = folder
         self._code = [measure_hash(), *(sha256_file(file) for file in asked_by)]
 
-    def get(self, name: str, key: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, name: str, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The kept result, or that of `measure`, which is then kept. A damaged file counts as none.
 
         Args:
@@ -105,4 +105,4 @@ class ResultCache:
             logger.warning("%s is damaged; measured again", file)
         result = measure()
         write_json(file, result)
-        return result
+        return dict(result)

@@ -11,53 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lolcats_common.errors import DivergedError, UserError
-from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.progress import progress
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import empty_student, read_feature_maps
 from lolcats_core.streaming.buffer import HiddenBuffer
-from lolcats_core.streaming.layerwise import Sweep
-from lolcats_core.streaming.weights import WeightFiles, without_weights
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.perplexity import PerplexityResult, next_token_targets, summed_cross_entropy
 
 
-def open_sweep(
-    folder: Path | str,
-    config: PreTrainedConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    settings: LinearizeConfig | None = None,
-    maps: Path | None = None,
-) -> Sweep:
-    """A model in `folder`, softmax or linearized, ready to be run by layers.
-
-    Args:
-        settings, maps: linearize the softmax model in `folder` with these settings and the feature maps in this file.
-
-    Raises:
-        UserError: the weights are missing or damaged, or the settings do not fit the model or the maps.
-    """
-
-    if settings is not None and maps is not None:
-        read_feature_maps(maps, settings.to_dict())
-
-    def make() -> PreTrainedModel:
-        if settings is not None:
-            return empty_student(config, settings)
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-
-    return Sweep(without_weights(make), WeightFiles(folder, extra=[maps] if maps else []), device, dtype)
-
-
 def streamed_logits(
-    sweep: Sweep,
+    model: LayerwiseModel,
     rows: Rows,
     *,
     batch_size: int,
@@ -77,54 +43,54 @@ def streamed_logits(
     count = len(rows) if max_rows is None else min(len(rows), max_rows)
     if count == 0:
         return
-    config: Any = sweep.model.config
+    config: Any = model.model.config
     step = rows_per_forward(batch_size, rows.sequence_length, config.vocab_size)
     buffer = HiddenBuffer(
         count,
         rows.sequence_length,
         config.hidden_size,
-        sweep.dtype,
+        model.dtype,
         step,
         folder=folder,
-        device=sweep.device,
+        device=model.device,
         resume=False,
     )
 
     def advance(target: int, compute: Callable[[Tensor | None, dict[str, Tensor]], Tensor | None]) -> None:
         for block in range(buffer.blocks):
-            for places, batch in batches(buffer.block_rows(block)):
-                hidden = None if target == 0 else buffer.read(target - 1, places)
-                buffer.write(target, places, cast(Tensor, compute(hidden, batch)))
-            buffer.settle()
+            for row_indices, batch in batches(buffer.block_rows(block)):
+                hidden = None if target == 0 else buffer.read(target - 1, row_indices)
+                buffer.write(target, row_indices, cast(Tensor, compute(hidden, batch)))
+            buffer.flush()
             buffer.commit(target, block)
 
     def batches(block: range) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         for start in range(block.start, block.stop, step):
-            places = np.arange(start, min(start + step, block.stop))
-            yield places, {name: value.to(sweep.device) for name, value in rows.batch(places).items()}
+            row_indices = np.arange(start, min(start + step, block.stop))
+            yield row_indices, {name: value.to(model.device) for name, value in rows.batch(row_indices).items()}
 
     try:
-        with sweep.end("embedding"):
-            advance(0, lambda _, batch: sweep.embed(batch))
-        with progress(len(sweep.layers), label) as shown:
-            for index in range(len(sweep.layers)):
+        with model.end("embedding"):
+            advance(0, lambda _, batch: model.embed(batch))
+        with progress(len(model.layers), label) as shown:
+            for index in range(len(model.layers)):
 
                 def compute(hidden: Tensor | None, batch: dict[str, Tensor], index: int = index) -> Tensor | None:
-                    return sweep.forward_layer(index, cast(Tensor, hidden), batch)
+                    return model.forward_layer(index, cast(Tensor, hidden), batch)
 
-                with sweep.layer(index):
+                with model.layer(index):
                     advance(index + 1, compute)
                 shown.update(1)
-        with sweep.end("head"):
-            for places, batch in batches(range(count)):
-                hidden = buffer.read(len(sweep.layers), places)
-                yield batch, sweep.logits(hidden, batch)
+        with model.end("head"):
+            for row_indices, batch in batches(range(count)):
+                hidden = buffer.read(len(model.layers), row_indices)
+                yield batch, model.logits(hidden, batch)
     finally:
         buffer.remove()
 
 
 def streamed_perplexity(
-    sweep: Sweep,
+    model: LayerwiseModel,
     rows: Rows,
     *,
     batch_size: int,
@@ -143,7 +109,7 @@ def streamed_perplexity(
     """
     loss, tokens = 0.0, 0
     options: dict[str, Any] = {"batch_size": batch_size, "max_rows": max_rows, "folder": folder}
-    for batch, logits in streamed_logits(sweep, rows, label=f"perplexity of {name}, layer by layer", **options):
+    for batch, logits in streamed_logits(model, rows, label=f"perplexity of {name}, layer by layer", **options):
         targets, counted = next_token_targets(batch)
         loss += summed_cross_entropy(logits[:, :-1], targets, counted)
         tokens += int(counted.sum())

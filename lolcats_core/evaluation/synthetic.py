@@ -17,6 +17,7 @@ import yaml
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_text
+from lolcats_common.records import Cell
 from lolcats_core.evaluation.recall import mean_and_stderr
 from lolcats_core.training.loop import Rows
 
@@ -100,15 +101,16 @@ def write_task(task: str, items: Sequence[SyntheticItem], items_file: Path, task
     write_text(task_dir / f"{task}.yaml", yaml.safe_dump(definition))
 
 
-def by_cell(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Mean ``value`` and ``stderr`` of the scores of each (``length``, ``depth``), in order."""
+def by_cell(samples: Iterable[Mapping[str, Any]]) -> list[Cell]:
+    """The mean score of each (``length``, ``depth``), in order."""
     cells: dict[tuple[int, float], list[float]] = {}
     for sample in samples:
         cells.setdefault((sample["length"], sample["depth"]), []).append(sample["score"])
-    return [
-        dict(zip(("length", "depth", "value", "stderr"), (*cell, *mean_and_stderr(scores)), strict=True))
-        for cell, scores in sorted(cells.items())
-    ]
+    found: list[Cell] = []
+    for (length, depth), scores in sorted(cells.items()):
+        value, stderr = mean_and_stderr(scores)
+        found.append({"length": length, "depth": depth, "value": value, "stderr": stderr})
+    return found
 
 
 def validation_text(rows: Rows, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:

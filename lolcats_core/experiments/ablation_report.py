@@ -11,7 +11,10 @@ from typing import Any
 from lolcats_common.files import write_json, write_text
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.machine import device_tags, versions
-from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Setting, base_of, teacher_row
+from lolcats_common.params import Params
+from lolcats_common.tables import markdown_table, number
+from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Budget, published_trial
+from lolcats_core.experiments.study import StudyContext
 
 TITLES = {
     "lora_rank": "LoRA rank",
@@ -35,7 +38,7 @@ def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: Lineariz
     """The orderings of the paper's ablation, held against the grid.
 
     Args:
-        measured: results by the label of the grid's rows (`rows`).
+        measured: rows by the label of the grid's trials (`ablation.trials`).
 
     Raises:
         KeyError: the grid is not complete.
@@ -72,24 +75,29 @@ def published_ordering(measured: Mapping[str, Mapping[str, Any]], base: Lineariz
     ]
 
 
-def report_on(setting: Setting, source: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def report_on(
+    study: StudyContext, params: Params, budget: Budget, source: str, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Everything that the table needs, as plain JSON values, with the teacher's own measurements.
 
     Args:
-        source: the teacher's name. results: of `ablation.run`.
+        source: the teacher's name.
+        rows: of `ablation.run`.
     """
-    grid = {row["label"]: row for row in results if row["section"] == "grid"}
-    base = base_of(setting.linearize, setting.finetune, setting.budget).linearize
+    grid = {row["label"]: row for row in rows if row["section"] == "grid"}
+    base = published_trial(params, budget).linearize
+    teacher = study.teacher_row
     return {
         "teacher": {
             "source": source,
-            "parameters": sum(p.numel() for p in setting.teacher.parameters()),
-            **teacher_row(setting),
+            "parameters": sum(p.numel() for p in study.teacher.parameters()),
+            "perplexity": teacher["perplexity"],
+            "recall": teacher["recall"][str(budget.recall_gap)],
         },
-        "budget": dataclasses.asdict(setting.budget)
-        | {"sequence_length": int(setting.train_rows.sequence_length)}
-        | {"transfer_lr": setting.transfer.lr, "finetune_lr": setting.finetune.lr},
-        "rows": results,
+        "budget": dataclasses.asdict(budget)
+        | {"sequence_length": int(study.train_rows.sequence_length)}
+        | {"transfer_lr": params.transfer.lr, "finetune_lr": params.finetune.lr},
+        "rows": rows,
         "ordering": [dataclasses.asdict(claim) for claim in published_ordering(grid, base)] if grid else [],
         "hardware": device_tags(),
         "versions": versions(),
@@ -109,7 +117,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     teacher, budget = report["teacher"], report["budget"]
     lines = [
         f"Teacher: {teacher['source']}, {teacher['parameters'] / 1e6:.1f}M parameters, perplexity "
-        f"{_number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
+        f"{number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
         f"{budget['batch_size']} x {budget['sequence_length']} tokens at learning rates {budget['transfer_lr']:g} "
         f"and {budget['finetune_lr']:g}; without transfer, maps and LoRA together for both, at the latter. "
         f"Perplexity over {budget['eval_rows']} validation rows; recall: copying at gap {budget['recall_gap']}.",
@@ -117,30 +125,26 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     grid = {row["label"]: row for row in report["rows"] if row["section"] == "grid"}
     if grid:
-        lines += _grid_lines(grid)
+        lines += [_grid_table(grid), ""]
     for section, title in TITLES.items():
         chosen = [row for row in report["rows"] if row["section"] == section]
         if chosen:
-            lines += [f"| {title} | PPL before LoRA | PPL | recall |", "|---|---|---|---|"]
-            lines += [f"| {row['label']} | {_all_cells(row)} |" for row in chosen]
-            lines.append("")
+            cells = [(row["label"], *_perplexities(row), _recall(row)) for row in chosen]
+            lines += [markdown_table((title, "PPL before LoRA", "PPL", "recall"), cells), ""]
     lines += ordering_lines([Claim(**claim) for claim in report["ordering"]])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _grid_lines(grid: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _grid_table(grid: Mapping[str, Mapping[str, Any]]) -> str:
     """The paper's form: one line per attention, without transfer beside with it."""
-    lines = [
-        "| feature map, window, key maps per | Swap & Finetune: PPL before LoRA | PPL "
-        "| + Attention Transfer: PPL before LoRA | PPL | recall |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label in grid:
+    without = ("Swap & Finetune: PPL before LoRA", "PPL")
+    transferred = ("+ Attention Transfer: PPL before LoRA", "PPL", "recall")
+    rows = []
+    for label, row in grid.items():
         name, _, kind = label.rpartition(", ")
         if kind == "transfer":
-            without, row = grid[f"{name}, no transfer"], grid[label]
-            lines.append(f"| {name} | {_cells(without)} | {_all_cells(row)} |")
-    return [*lines, ""]
+            rows.append((name, *_perplexities(grid[f"{name}, no transfer"]), *_perplexities(row), _recall(row)))
+    return markdown_table(("feature map, window, key maps per", *without, *transferred), rows)
 
 
 def ordering_lines(claims: Sequence[Claim]) -> list[str]:
@@ -153,14 +157,9 @@ def ordering_lines(claims: Sequence[Claim]) -> list[str]:
     return lines + [f"- {'holds' if c.holds else 'DOES NOT HOLD'}: {c.text}: {c.numbers}" for c in claims]
 
 
-def _cells(row: Mapping[str, Any]) -> str:
-    return f"{_number(row['before'])} | {_number(row['after'])}"
+def _perplexities(row: Mapping[str, Any]) -> tuple[str, str]:
+    return number(row["before"], "diverged"), number(row["after"], "diverged")
 
 
-def _all_cells(row: Mapping[str, Any]) -> str:
-    recall = "diverged" if row["recall"] is None else f"{row['recall']:.3f}"
-    return f"{_cells(row)} | {recall}"
-
-
-def _number(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+def _recall(row: Mapping[str, Any]) -> str:
+    return "diverged" if row["recall"] is None else f"{row['recall']:.3f}"

@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, write_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.model.modeling import PREFIX, check_settings, linearize
+from lolcats_core.model.families import PREFIX
+from lolcats_core.model.map_files import check_settings
+from lolcats_core.model.modeling import linearize
 from lolcats_core.teacher.pin import TeacherPin, locate
 
 if TYPE_CHECKING:

@@ -1,32 +1,57 @@
-"""A finetuned student on disk without ever being whole in memory: the teacher's files, tensor by tensor, plus LoRA.
+"""A finetuned student on disk, merged and as a delta, also where it is never whole in memory.
 
-For students whose base is quantized or divided between processes. The adapters go onto the teacher's own weights, so a
-quantized base leaves no trace in the result but through what was learnt on it.
+Where the base is quantized or divided between processes, the adapters go onto the teacher's files, tensor by tensor. So
+a quantized base leaves no trace in the result but through what was learnt on it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lolcats_common.files import write_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.export.delta import fingerprint_of
-from lolcats_core.model.modeling import LINEARIZED, PREFIX, empty_student
+from lolcats_core.compute import distributed
+from lolcats_core.compute.quantization import QuantizedLinear
+from lolcats_core.export.delta import fingerprint_of, save_delta
+from lolcats_core.model.families import PREFIX, family_of
+from lolcats_core.model.modeling import empty_student
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.teacher.checks import INDEX, WEIGHTS
+from lolcats_core.teacher.pin import Teacher
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 SHARD = 5 * 10**9
+
+
+def save_student(adapted: PeftModel, teacher: Teacher, dtype: torch.dtype, out: Path) -> None:
+    """Write what finetuning made of a student of `open_student`: adapter/ (the delta) and model/ (merged) in `out`.
+
+    A base in memory that is quantized or divided between processes is not the teacher's own, so the teacher's files
+    take its place, and the main process alone writes.
+    """
+    quantized = any(isinstance(module, QuantizedLinear) for module in adapted.modules())
+    if not quantized and distributed.world() == 1:
+        save_delta(adapted, out / "adapter", teacher.pin)
+        cast(PreTrainedModel, adapted.merge_and_unload()).save_pretrained(out / "model")
+        return
+    with closing(WeightFiles(teacher.folder)) as files:
+        if distributed.is_main():
+            weights = base_fingerprint(adapted.get_base_model(), files, dtype)
+            save_delta(adapted, out / "adapter", teacher.pin, weights)
+            save_merged(adapted, files, dtype, out / "model")
+    distributed.barrier()
 
 
 def base_fingerprint(student: Any, files: WeightFiles, dtype: torch.dtype) -> str:
@@ -93,9 +118,9 @@ def _names(student: Any) -> dict[str, torch.Size]:
     settings = LinearizeConfig.from_dict(values.pop("linearize"))
     for name in ("architectures", "_name_or_path"):
         values.pop(name, None)
-    teacher = next(base for base in LINEARIZED[values["model_type"]][0].__mro__[1:] if hasattr(base, "model_type"))
+    teacher, _ = family_of(student.config).resolve()
     with torch.device("meta"):
-        plain = empty_student(cast(Any, teacher)(**values), settings)
+        plain = empty_student(teacher(**values), settings)
     plain.tie_weights()
     return {name: parameter.shape for name, parameter in plain.named_parameters()}
 

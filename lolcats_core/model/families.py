@@ -1,29 +1,72 @@
-"""Which teachers can be linearized, and for every other one the reason why not.
+"""The one table of families: which can be linearized, what each needs besides, and why every other one cannot.
 
 Linearizing replaces the attention function between the projections (with their norms and rotary embeddings) and the
 output projection. So it needs a causal decoder that calls transformers' attention interface with plain q, k and v, and
-whose scores are q k^T, scaled and at most soft-capped.
+whose scores are q k^T, scaled and at most soft-capped. A new family is one entry of `FAMILIES`; classes are named and
+looked up when they are needed, so that checking a teacher loads no modelling code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "olmo2",
-    "smollm3",
-    "granite",
-    "gemma2",
-    "gemma3_text",
-    "gpt_neox",
-)
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PREFIX = "lolcats_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family that can be linearized, and where it departs from Llama.
+
+    Attributes:
+        classes: its configuration and its causal language model, by their names in transformers.
+        attention: name of a layer's attention module. head_dim: that module's name for its head dimension.
+        embedding: last part of the input embedding's name in a checkpoint.
+        renamed: names in checkpoints that the model's parameters no longer have.
+        logits_divisor, logits_softcap: values of the configuration that logits are divided by, and bounded by through
+            cap tanh(logits / cap), in this order; None where there is no such value.
+    """
+
+    classes: tuple[str, str]
+    attention: str = "self_attn"
+    head_dim: str = "head_dim"
+    embedding: str = "embed_tokens"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    logits_divisor: str | None = None
+    logits_softcap: str | None = None
+
+    def resolve(self) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+        """The classes."""
+        import transformers
+
+        config, model = (getattr(transformers, name) for name in self.classes)
+        return config, model
+
+
+# By `model_type`.
+FAMILIES = {
+    "llama": Family(("LlamaConfig", "LlamaForCausalLM")),
+    "mistral": Family(("MistralConfig", "MistralForCausalLM")),
+    "qwen2": Family(("Qwen2Config", "Qwen2ForCausalLM")),
+    "qwen3": Family(("Qwen3Config", "Qwen3ForCausalLM")),
+    "phi3": Family(("Phi3Config", "Phi3ForCausalLM")),
+    "olmo2": Family(("Olmo2Config", "Olmo2ForCausalLM")),
+    "smollm3": Family(("SmolLM3Config", "SmolLM3ForCausalLM")),
+    "granite": Family(("GraniteConfig", "GraniteForCausalLM"), logits_divisor="logits_scaling"),
+    "gemma2": Family(("Gemma2Config", "Gemma2ForCausalLM"), logits_softcap="final_logit_softcapping"),
+    "gemma3_text": Family(("Gemma3TextConfig", "Gemma3ForCausalLM"), logits_softcap="final_logit_softcapping"),
+    "gpt_neox": Family(
+        ("GPTNeoXConfig", "GPTNeoXForCausalLM"),
+        attention="attention",
+        head_dim="head_size",
+        embedding="embed_in",
+        renamed={"embed_out.weight": "lm_head.weight"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +185,11 @@ def refusal(values: Mapping[str, Any]) -> str | None:
     for obstacle in OBSTACLES:
         if str(name) in obstacle.names or obstacle.sign(values):
             return f"architecture {name!r} cannot be linearized: {obstacle.reason}"
-    if name in ARCHITECTURES:
+    if isinstance(name, str) and name in FAMILIES:
         return None
-    return f"architecture {name!r} cannot be linearized: it is not among the tested ones, {', '.join(ARCHITECTURES)}"
+    return f"architecture {name!r} cannot be linearized: it is not among the tested ones, {', '.join(FAMILIES)}"
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The entry of a supported teacher's or a linearized model's configuration."""
+    return FAMILIES[config.model_type.removeprefix(PREFIX)]

@@ -7,75 +7,24 @@ transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads what
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import atomic_file
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
 from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
-from lolcats_core.model.families import ARCHITECTURES, refusal
+from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import fuse_rotary
 from lolcats_core.model.softmax_attention import SoftmaxWindow
-
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "phi3": (Phi3Config, Phi3ForCausalLM),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
-    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
-    "granite": (GraniteConfig, GraniteForCausalLM),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
-    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM),
-}
-PREFIX = "lolcats_"
-# Settings that decide where training starts and nothing after it.
-INITIAL = ("init_window_factor", "feature_map_init")
-# Besides, settings of the kept heads, which attention transfer does not look at.
-NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_sinks")
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -92,15 +41,16 @@ class LinearizedMixin:
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
         settings = LinearizeConfig.from_dict(config.linearize)
+        head_dim = family_of(config).head_dim
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
             window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
             layer.softmax_window = SoftmaxWindow() if local else window
             fuse_rotary(layer)
             if layer.layer_idx not in softmax_layers(config):
-                head_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.head_size
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
-                layer.feature_maps = FeatureMaps(settings, groups, config.num_attention_heads // groups.count, head_dim)
+                queries = config.num_attention_heads // groups.count
+                layer.feature_maps = FeatureMaps(settings, groups, queries, getattr(layer, head_dim))
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
         # refuses to put them onto the softmax teacher, whose other modules have the same names.
         self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
@@ -138,8 +88,8 @@ class LinearizedMixin:
         return (model, info) if wanted else model
 
 
-def _family(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    base_config, base_model = FAMILIES[name]
+def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    base_config, base_model = FAMILIES[name].resolve()
     config_name, model_name = f"Lolcats{base_config.__name__}", f"Lolcats{base_model.__name__}"
     config = type(
         config_name,
@@ -164,12 +114,12 @@ def _family(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     return config, model
 
 
-LINEARIZED = {name: _family(name) for name in FAMILIES}
+LINEARIZED = {name: _linearized(name) for name in FAMILIES}
 
 
 def supported_architectures() -> tuple[str, ...]:
     """The `model_type` of every family that can be linearized."""
-    return ARCHITECTURES
+    return tuple(FAMILIES)
 
 
 def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> None:
@@ -211,34 +161,14 @@ def kv_heads(config: PreTrainedConfig) -> int:
 
 def attention_layers(model: nn.Module) -> list[Any]:
     """The attention modules in order of depth."""
-    layers = cast(Any, model).base_model.layers
-    return [layer.self_attn if hasattr(layer, "self_attn") else layer.attention for layer in layers]
+    causal = cast(Any, model)
+    name = family_of(causal.config).attention
+    return [getattr(layer, name) for layer in causal.base_model.layers]
 
 
 def feature_maps(model: nn.Module) -> dict[str, FeatureMaps]:
     """Every layer's `FeatureMaps` by its name in the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FeatureMaps)}
-
-
-def check_settings(
-    saved: dict[str, Any], model: dict[str, Any], source: Path | str, free: tuple[str, ...] = INITIAL
-) -> None:
-    """Refuse parameters trained under other settings; those that only choose initial values may differ.
-
-    Args:
-        saved: the values of the `LinearizeConfig` that `source` was made with; `model`: those of the model.
-        free: settings that may differ.
-
-    Raises:
-        UserError: naming the first setting that differs and both values.
-    """
-    try:
-        made, wanted = LinearizeConfig.from_dict(saved).to_dict(), LinearizeConfig.from_dict(model).to_dict()
-    except TypeError as error:
-        raise UserError(f"{source}: made by another version of this package ({error})") from None
-    for key, value in wanted.items():
-        if made[key] != value and key not in free:
-            raise UserError(f"{source}: made with `{key}` {made[key]!r}, but the model has {value!r}")
 
 
 def named_map_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -309,76 +239,3 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
     student.tie_weights()
     student.generation_config = model.generation_config
     return student.eval()
-
-
-def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
-    """Write every layer's maps and factors to one safetensors file, with the settings as metadata."""
-    write_feature_maps(named_map_parameters(student), LinearizeConfig.from_dict(student.config.linearize), path)
-
-
-def write_feature_maps(maps: Mapping[str, torch.Tensor], settings: LinearizeConfig, path: Path | str) -> None:
-    """The file of `save_feature_maps` from the maps by their names in the model."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in maps.items()}
-    # One entry: safetensors writes several in an order that changes from run to run, and with it the file's hash.
-    metadata = {"linearize": json.dumps(settings.to_dict(), sort_keys=True)}
-    with atomic_file(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
-
-
-@torch.no_grad()
-def load_feature_maps(student: PreTrainedModel, path: Path | str) -> None:
-    """Copy the maps and factors of `save_feature_maps` into `student`.
-
-    Raises:
-        UserError: the file is missing or damaged, or belongs to another configuration.
-    """
-    tensors = read_feature_maps(path, student.config.linearize)
-    expected = named_map_parameters(student)
-    if tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())[0]
-        raise UserError(f"{path}: feature maps of another model or configuration ({odd} does not match)")
-    for name, parameter in expected.items():
-        if tensors[name].shape != parameter.shape:
-            shapes = f"{tuple(tensors[name].shape)} instead of {tuple(parameter.shape)}"
-            raise UserError(f"{path}: {name} is {shapes}; made with other `linearize` parameters")
-        parameter.copy_(tensors[name])
-
-
-def restrict_maps(maps: Mapping[str, torch.Tensor], made: nn.Module, kept: nn.Module) -> dict[str, torch.Tensor]:
-    """The maps of `made`'s kv groups that are linearized in `kept` as well, in which more groups keep softmax.
-
-    Args:
-        maps: by their names in `made`. Every parameter of `FeatureMaps` has the heads, by kv groups, in front.
-        made, kept: linearized models of one teacher; their weights are not looked at.
-    """
-    before, found = feature_maps(made), {}
-    for name, module in feature_maps(kept).items():
-        groups = before[name].groups.linear
-        places = [groups.index(group) for group in module.groups.linear]
-        for key, _ in module.named_parameters():
-            by_group = maps[f"{name}.{key}"].unflatten(0, (len(groups), -1))
-            found[f"{name}.{key}"] = by_group[places].flatten(0, 1)
-    return found
-
-
-def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of `save_feature_maps` by their names in the model.
-
-    Args:
-        settings: the values of the `LinearizeConfig` that they must have been made with.
-
-    Raises:
-        UserError: the file is missing or damaged, or was made with other settings.
-    """
-    try:
-        tensors = load_file(path)
-        with safe_open(path, framework="pt") as file:
-            made = json.loads((file.metadata() or {})["linearize"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run stage `transfer` first") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); run stage `transfer` again") from None
-    except (KeyError, ValueError):
-        raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
-    check_settings(made, settings, path, NOT_OF_MAPS)
-    return tensors

@@ -90,27 +90,6 @@ def sample_texts(texts: Sequence[str], max_bytes: int, seed: int) -> Iterator[st
         yield texts[i]
 
 
-class ArrayRows:
-    """Consecutive rows of a token array, for evaluation: ``input_ids`` int64 [n, T]."""
-
-    def __init__(self, tokens: np.ndarray, sequence_length: int, vocab_size: int, max_rows: int | None = None) -> None:
-        rows = len(tokens) // sequence_length
-        if max_rows is not None and rows > max_rows:
-            # Spread over the whole array, so that a part of it still stands for all of it.
-            starts = np.linspace(0, rows - 1, max_rows).astype(int)
-            self._rows = tokens[: rows * sequence_length].reshape(rows, sequence_length)[starts]
-        else:
-            self._rows = tokens[: rows * sequence_length].reshape(rows, sequence_length)
-        self.sequence_length, self.vocab_size = sequence_length, vocab_size
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        """The rows `indices`."""
-        return {"input_ids": torch.from_numpy(self._rows[np.asarray(indices)].astype(np.int64))}
-
-
 class WindowStarts:
     """Training rows by their place in the corpus alone; the tokens stay on the device (`training_rows`)."""
 

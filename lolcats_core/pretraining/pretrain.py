@@ -31,13 +31,13 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, sha256_file, sha256_json, write_json
 from lolcats_common.training_params import TrainingParams
 from lolcats_core.compute.device import resolve_device, seed_everything
+from lolcats_core.data.arrays import ArrayRows
 from lolcats_core.data.sources import stdlib_documents
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.pretraining import corpus
 from lolcats_core.pretraining.config import PretrainConfig, config_from_arguments
 from lolcats_core.pretraining.data import (
     IGNORED,
-    ArrayRows,
     WindowStarts,
     encode,
     sample_texts,

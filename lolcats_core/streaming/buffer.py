@@ -122,27 +122,27 @@ class HiddenBuffer:
 
     def expect(self, layer: int, rows: np.ndarray) -> None:
         """Begin to bring to the device what the next `read` will ask for."""
-        places = self._places(layer, rows)
-        self._ahead = layer, places.tobytes(), self._reader.start(places)
+        slots = self._slots(layer, rows)
+        self._ahead = layer, slots.tobytes(), self._reader.start(slots)
 
     def read(self, layer: int, rows: np.ndarray) -> Tensor:
         """Inputs [n, T, d] of `layer` on the device; on a GPU they are there until the next `read`."""
-        places, (ahead, self._ahead) = self._places(layer, rows), (self._ahead, None)
-        if ahead is not None and ahead[:2] == (layer, places.tobytes()):
+        slots, (ahead, self._ahead) = self._slots(layer, rows), (self._ahead, None)
+        if ahead is not None and ahead[:2] == (layer, slots.tobytes()):
             return ahead[2]()
-        return self._reader.start(places)()
+        return self._reader.start(slots)()
 
     def write(self, layer: int, rows: np.ndarray, hidden: Tensor) -> None:
         """Put inputs of `layer` into the block that comes next; `commit` makes them count."""
-        first = int(self._places(layer, rows[:1])[0])
+        first = int(self._slots(layer, rows[:1])[0])
         self._writer.put(hidden, self._data[first : first + len(rows)])
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until everything that was written has arrived."""
         self._writer.wait()
 
     def commit(self, layer: int, block: int) -> None:
-        """`block` now stands at `layer`, after `settle` in every process."""
+        """`block` now stands at `layer`, after `flush` in every process."""
         self.layer, self.done = layer, block + 1
         if self.folder is not None and self.writer:
             _write(self.folder / PROGRESS, {"key": self._key, "layer": layer, "done": self.done})
@@ -151,7 +151,7 @@ class HiddenBuffer:
         """Blocks that do not stand at `layer` yet."""
         return range(self.done if self.layer == layer else 0, self.blocks)
 
-    def _places(self, layer: int, rows: np.ndarray) -> np.ndarray:
+    def _slots(self, layer: int, rows: np.ndarray) -> np.ndarray:
         block, within = np.divmod(np.asarray(rows, dtype=np.int64), self.block)
         return (block - layer) % (self.blocks + 1) * self.block + within
 

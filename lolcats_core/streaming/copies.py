@@ -68,23 +68,23 @@ class Reader:
             self._stream = torch.cuda.Stream(device)
             self._slots.extend(_Slot() for _ in range(DEPTH))
 
-    def start(self, places: np.ndarray) -> Callable[[], Tensor]:
-        """Begin to bring rows `places`; what is returned waits for them and gives them, [n, ...].
+    def start(self, row_indices: np.ndarray) -> Callable[[], Tensor]:
+        """Begin to bring rows `row_indices`; what is returned waits for them and gives them, [n, ...].
 
         On a GPU their memory is taken again by the second `start` after this one, behind all work that the current
         stream has by then.
         """
         if self.device.type != "cuda":
-            return self._thread.submit(torch.index_select, self.source, 0, torch.from_numpy(places)).result
+            return self._thread.submit(torch.index_select, self.source, 0, torch.from_numpy(row_indices)).result
         slot = self._slots[0]
         self._slots.rotate(-1)
-        rows = slot.place(self.source, len(places), self.device, self._stream)
+        rows = slot.place(self.source, len(row_indices), self.device, self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         gathered: Future[None] | None = None
         if self.locked:
-            self._copy_each(rows, places.tolist(), slot)
+            self._copy_each(rows, row_indices.tolist(), slot)
         else:
-            gathered = self._thread.submit(self._gather, rows, torch.from_numpy(places), slot)
+            gathered = self._thread.submit(self._gather, rows, torch.from_numpy(row_indices), slot)
 
         def finish() -> Tensor:
             if gathered is not None:
@@ -94,10 +94,10 @@ class Reader:
 
         return finish
 
-    def _copy_each(self, rows: Tensor, places: Sequence[int], slot: _Slot) -> None:
+    def _copy_each(self, rows: Tensor, row_indices: Sequence[int], slot: _Slot) -> None:
         with torch.cuda.stream(self._stream):
-            for row, place in zip(rows.unbind(), places, strict=True):
-                row.copy_(self.source[place], non_blocking=True)
+            for row, index in zip(rows.unbind(), row_indices, strict=True):
+                row.copy_(self.source[index], non_blocking=True)
             slot.copied.record()
 
     def _gather(self, rows: Tensor, index: Tensor, slot: _Slot) -> None:

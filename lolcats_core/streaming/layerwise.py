@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.model.forward_context import HybridContext
-from lolcats_core.model.modeling import LinearizedMixin
-from lolcats_core.streaming.weights import Prefetcher, WeightFiles, drop, names_in, put
+from lolcats_core.model.map_files import read_feature_maps
+from lolcats_core.model.modeling import LinearizedMixin, empty_student
+from lolcats_core.streaming.weights import Prefetcher, WeightFiles, drop, names_in, put, without_weights
 
 # Positional and keyword arguments.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -52,7 +55,7 @@ class _End(nn.Module):
         raise _Reached(hidden, (args, kwargs))
 
 
-class Sweep:
+class LayerwiseModel:
     """A model without weights (`without_weights`) whose parts get theirs when they run.
 
     Args:
@@ -66,9 +69,8 @@ class Sweep:
         self.layers: list[nn.Module] = list(self.decoder.layers)
         self.names = [self._stored(names_in(model, layer)) for layer in self.layers]
         self.stubs = nn.ModuleList(_Stub() for _ in self.layers)
-        self.decoder.layers = self.stubs
         table = cast(nn.Module, model.get_input_embeddings())
-        behind = [m for m in self.decoder.children() if m is not table]
+        behind = [m for m in self.decoder.children() if m not in (table, self.decoder.layers)]
         behind = [m for m in (*behind, model.get_output_embeddings()) if any(True for _ in m.parameters())]
         # Tied embeddings have one name; each end reads it for itself.
         self.ends = {"embedding": [(table, names_in(model, table))]}
@@ -79,6 +81,35 @@ class Sweep:
         for module in model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 setattr(module, key, buffer.to(device))
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        config: PreTrainedConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: LinearizeConfig | None = None,
+        maps: Path | None = None,
+    ) -> LayerwiseModel:
+        """The model in `folder`, softmax or linearized.
+
+        Args:
+            settings: linearize the softmax model in `folder` with these. maps: file of its feature maps.
+
+        Raises:
+            UserError: the weights are missing or damaged, or the settings do not fit the model or the maps.
+        """
+        if settings is not None and maps is not None:
+            read_feature_maps(maps, settings.to_dict())
+
+        def make() -> PreTrainedModel:
+            if settings is not None:
+                return empty_student(config, settings)
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+
+        return cls(without_weights(make), WeightFiles(folder, extra=[maps] if maps else []), device, dtype)
 
     def _stored(self, names: dict[str, str]) -> dict[str, str]:
         return {name: stored for name, stored in names.items() if "feature_maps." not in name or stored in self.files}
@@ -142,24 +173,28 @@ class Sweep:
     @torch.no_grad()
     def logits(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Logits [B, T, V] of the last layer's outputs; inside `end("head")`."""
-        stub = cast(_Stub, self.stubs[-1])
-        stub.inject = hidden
-        try:
+        last = _Stub()
+        last.inject = hidden
+        with self._in_place_of_layers(*self.stubs[:-1], last):
             positions = batch.get("position_ids")
             return self.model(inputs_embeds=hidden, position_ids=positions, use_cache=False).logits
-        finally:
-            stub.inject = None
 
     def _until(self, index: int, batch: dict[str, Tensor], **given: Any) -> tuple[Tensor, Arguments]:
         """What the decoder brings to layer `index` from the inputs `given`: hidden states, and the rest of the call."""
-        self.decoder.layers = nn.ModuleList([*self.stubs[:index], _End(), *self.stubs[index + 1 :]])
-        try:
-            self.decoder(position_ids=batch.get("position_ids"), use_cache=False, **given)
-        except _Reached as reached:
-            return reached.hidden, reached.call
-        finally:
-            self.decoder.layers = self.stubs
+        with self._in_place_of_layers(*self.stubs[:index], _End(), *self.stubs[index + 1 :]):
+            try:
+                self.decoder(position_ids=batch.get("position_ids"), use_cache=False, **given)
+            except _Reached as reached:
+                return reached.hidden, reached.call
         raise AssertionError("a decoder's loop did not reach the layer")
+
+    @contextmanager
+    def _in_place_of_layers(self, *stubs: nn.Module) -> Iterator[None]:
+        layers, self.decoder.layers = self.decoder.layers, nn.ModuleList(stubs)
+        try:
+            yield
+        finally:
+            self.decoder.layers = layers
 
     def close(self) -> None:
         self.prefetcher.close()

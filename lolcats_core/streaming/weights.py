@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_common.errors import UserError
+from lolcats_core.model.families import FAMILIES
 from lolcats_core.streaming.copies import worker
 from lolcats_core.teacher.checks import weight_files
 
 M = TypeVar("M", bound=PreTrainedModel)
-# Names in checkpoints that transformers' modules no longer have (GPT-NeoX).
-RENAMED = {"embed_out.weight": "lm_head.weight"}
+RENAMED = {old: new for family in FAMILIES.values() for old, new in family.renamed.items()}
 # Bytes at a multiple of which each tensor of a part begins.
 ALIGNED = 256
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError
-from lolcats_core.model.families import refusal
+from lolcats_core.model.families import FAMILIES, PREFIX, refusal
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What belongs to a teacher besides its weights; none of it is large.
@@ -28,7 +28,7 @@ SMALL_FILES = (
     "spiece.model",
 )
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+_EMBEDDINGS = tuple({f"{family.embedding}.weight" for family in FAMILIES.values()})
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
 
     raw = read_json(folder / "config.json", source)
     kind = raw.get("model_type")
-    if isinstance(kind, str) and kind.startswith("lolcats_"):
+    if isinstance(kind, str) and kind.startswith(PREFIX):
         raise UserError(f"teacher {source} is already a linearized model ({kind}); give its softmax original")
     reason = refusal(raw)
     if reason is not None and not (trust_remote_code and "auto_map" in raw):

@@ -20,11 +20,11 @@ from lolcats_core.training.loop import Rows, batches_of, step_batches, total_ste
 
 @dataclass(frozen=True)
 class Calibration:
-    """Training and validation rows as one set; the number of a row is its place in the buffer.
+    """Training and validation rows as one set: `row_indices` count through the buffer, training rows first.
 
     Attributes:
         train: the rows that training will see, in order. validation: how many rows follow them.
-        following: by the places of a batch (as bytes), those of the batch that this process reads after it.
+        following: by the row indices of a batch (as bytes), those of the batch that this process reads after it.
         positioned: whether batches have position_ids: rows hold several documents, or do not begin at 0.
     """
 
@@ -43,28 +43,29 @@ class Calibration:
         validation = min(len(held_out), params.max_eval_rows or len(held_out))
         mine = [np.searchsorted(train, distributed.part(indices)[0]) for indices in seen]
         validated = batches_of(range(validation), params.batch_size)
-        judged = [len(train) + indices for indices, _ in distributed.rounds(validated)]
-        following = {before.tobytes(): after for reads in (mine, judged) for before, after in pairwise(reads)}
+        measured = [len(train) + indices for indices, _ in distributed.rounds(validated)]
+        following = {before.tobytes(): after for reads in (mine, measured) for before, after in pairwise(reads)}
         return cls(rows, held_out, train, validation, following, "position_ids" in rows.batch(train[:1]))
 
     def __len__(self) -> int:
         return len(self.train) + self.validation
 
-    def batch(self, places: np.ndarray) -> dict[str, Tensor]:
-        """The tokens of rows by their places in the buffer, all training rows or all validation rows."""
-        if places[0] < len(self.train):
-            return self.rows.batch(self.train[places])
-        return self.held_out.batch(places - len(self.train))
+    def batch(self, row_indices: np.ndarray) -> dict[str, Tensor]:
+        """The tokens of rows of the buffer, all training rows or all validation rows."""
+        if row_indices[0] < len(self.train):
+            return self.rows.batch(self.train[row_indices])
+        return self.held_out.batch(row_indices - len(self.train))
 
-    def positions(self, places: np.ndarray) -> dict[str, Tensor]:
+    def positions(self, row_indices: np.ndarray) -> dict[str, Tensor]:
         """position_ids [B, T] of rows that have them; nothing of one document a row, from 0 on."""
-        found = self.batch(places) if self.positioned else {}
+        found = self.batch(row_indices) if self.positioned else {}
         return {name: value for name, value in found.items() if name == "position_ids"}
 
-    def groups(self, places: range, size: int) -> list[np.ndarray]:
-        """`places` in batches of at most `size` that do not mix training and validation rows."""
+    def groups(self, row_indices: range, size: int) -> list[np.ndarray]:
+        """`row_indices` in batches of at most `size` that do not mix training and validation rows."""
         edge = len(self.train)
-        parts = (range(places.start, min(places.stop, edge)), range(max(places.start, edge), places.stop))
+        start, stop = row_indices.start, row_indices.stop
+        parts = (range(start, min(stop, edge)), range(max(start, edge), stop))
         return [batch for part in parts for batch in batches_of(part, size)]
 
 
@@ -88,10 +89,10 @@ class HiddenRows:
         """The same of validation rows."""
         return self.at(indices + len(self.calibration.train))
 
-    def at(self, places: np.ndarray) -> dict[str, Tensor]:
-        """The same of rows by their places in the buffer."""
-        batch = {**self.calibration.positions(places), "hidden": self.buffer.read(self.layer, places)}
-        after = self.calibration.following.get(places.tobytes())
+    def at(self, row_indices: np.ndarray) -> dict[str, Tensor]:
+        """The same of any rows of the buffer."""
+        batch = {**self.calibration.positions(row_indices), "hidden": self.buffer.read(self.layer, row_indices)}
+        after = self.calibration.following.get(row_indices.tobytes())
         if after is not None:
             self.buffer.expect(self.layer, after)
         return batch

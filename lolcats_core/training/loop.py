@@ -69,9 +69,9 @@ def step_batches(rows: int, params: TrainingParams, seed: int, step: int) -> lis
     return [chosen[i : i + params.batch_size] for i in range(0, len(chosen), params.batch_size)]
 
 
-def batches_of(places: range, size: int) -> list[np.ndarray]:
-    """`places` in order, in batches of at most `size`: the rows of a pass that does not shuffle."""
-    return [np.arange(start, min(start + size, places.stop)) for start in places[::size]]
+def batches_of(rows: range, size: int) -> list[np.ndarray]:
+    """`rows` in order, in batches of at most `size`: the rows of a pass that does not shuffle."""
+    return [np.arange(start, min(start + size, rows.stop)) for start in rows[::size]]
 
 
 @lru_cache(maxsize=1)

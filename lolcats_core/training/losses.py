@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lolcats_core.model.families import family_of
 from lolcats_core.model.forward import MAX_FLOAT_LOGITS
 from lolcats_core.model.forward_context import HybridContext, ignore_layer
 
@@ -51,11 +52,11 @@ def plain_model(model: nn.Module) -> Any:
 
 def output_logits(student: Any, hidden: Tensor) -> Tensor:
     """Logits [..., V] of final hidden states [..., d], as the supported families compute them."""
+    config, family = student.config, family_of(student.config)
     logits = student.get_output_embeddings()(hidden)
-    scaling = getattr(student.config, "logits_scaling", None)  # Granite
-    if scaling is not None:
-        logits = logits / scaling
-    cap = getattr(student.config, "final_logit_softcapping", None)  # Gemma 2
+    if family.logits_divisor is not None:
+        logits = logits / getattr(config, family.logits_divisor)
+    cap = None if family.logits_softcap is None else getattr(config, family.logits_softcap)
     return logits if cap is None else (logits / cap).tanh() * cap
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_common.params import SelectParams
+from lolcats_common.records import CandidateRecord, SelectionRecord
 from lolcats_core.model.forward import rows_per_forward
-from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters, restrict_maps
+from lolcats_core.model.map_files import restrict_maps
+from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
 from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden
@@ -61,10 +62,10 @@ class Selection:
     settings: LinearizeConfig
     cache_ratio: float
 
-    def to_dict(self, params: SelectParams) -> dict[str, Any]:
+    def to_dict(self, params: SelectParams) -> SelectionRecord:
         """Readable JSON; its `linearize` makes `settings` again."""
         order = {candidate: place for place, candidate in enumerate(self.kept)}
-        entries = [
+        entries: list[CandidateRecord] = [
             {"layer": c.layer, "group": c.group, "score": self.scores.get(c), "kept": order.get(c)}
             for c in sorted({*self.scores, *self.kept}, key=lambda c: (c.layer, c.group or 0))
         ]
@@ -158,7 +159,7 @@ def select(
     Raises:
         UserError: the budget does not fit the model.
     """
-    settings = LinearizeConfig(**student.config.linearize)
+    settings = LinearizeConfig.from_dict(student.config.linearize)
     if errors is None:
         errors = head_errors(student, rows, params.rows, params.rows) if feature_maps(student) else {}
     divergence = None

@@ -15,7 +15,7 @@ import functools
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,21 +23,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
-from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.model.branches import window_dropout
-from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import LayerCall, LayerObserver, ignore_layer
-from lolcats_core.model.modeling import empty_student, feature_maps
+from lolcats_core.model.modeling import feature_maps
 from lolcats_core.streaming.buffer import BLOCK, HiddenBuffer
-from lolcats_core.streaming.layerwise import StopForward, Sweep
+from lolcats_core.streaming.layerwise import LayerwiseModel, StopForward
 from lolcats_core.streaming.stopwatch import Stopwatch
-from lolcats_core.streaming.weights import WeightFiles, without_weights
 from lolcats_core.training.attention_transfer import (
     Errors,
     HeadErrors,
@@ -59,32 +55,30 @@ class StreamedTransfer:
 
     def __init__(
         self,
-        sweep: Sweep,
-        names: dict[FeatureMaps, str],
+        student: LayerwiseModel,
         calibration: Calibration,
         params: TransferParams,
         *,
         scratch: Path,
         seed: int,
         log: Callable[[dict[str, float], int], None],
-        on_disk: bool,
         stopwatch: Stopwatch,
         block_bytes: int = BLOCK,
     ) -> None:
-        self.sweep, self.calibration, self.params = sweep, calibration, params
+        self.student, self.calibration, self.params = student, calibration, params
         self.scratch, self.seed, self.log, self.stopwatch = scratch, seed, log, stopwatch
-        self.maps = {index: maps for index, layer in enumerate(sweep.layers) for maps in feature_maps(layer).values()}
-        self.names = names
+        self.maps = {index: maps for index, layer in enumerate(student.layers) for maps in feature_maps(layer).values()}
+        self.names = {maps: name for name, maps in feature_maps(student.model).items()}
         self.generator = torch.Generator().manual_seed(seed)
-        config = cast(Any, sweep.model.config)
+        config = cast(Any, student.model.config)
         self.make_buffer = lambda writer: HiddenBuffer(
             len(calibration),
             calibration.rows.sequence_length,
             config.hidden_size,
-            sweep.dtype,
+            student.dtype,
             params.batch_size,
-            folder=scratch if on_disk else None,
-            device=sweep.device,
+            folder=scratch if params.buffer == "disk" else None,
+            device=student.device,
             writer=writer,
             block_bytes=block_bytes,
         )
@@ -99,8 +93,8 @@ class StreamedTransfer:
             self.buffer.layer, self.buffer.done = -1, -1
         self.buffer.layer, self.buffer.done = distributed.broadcast((self.buffer.layer, self.buffer.done))
         if self.buffer.layer == 0 and not self.buffer.complete:
-            with self.stopwatch.part("embedding"), self.sweep.end("embedding"):
-                self._advance(0, self.sweep.embed)
+            with self.stopwatch.part("embedding"), self.student.end("embedding"):
+                self._advance(0, self.student.embed)
         last = max(self.maps)
         for index in range(last + 1):
             moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
@@ -110,7 +104,7 @@ class StreamedTransfer:
             begun = dict(self.stopwatch.seconds)
             with ExitStack() as stack:
                 with self.stopwatch.part("reading weights"):
-                    layer = stack.enter_context(self.sweep.layer(index))
+                    layer = stack.enter_context(self.student.layer(index))
                 if not self._done(index):
                     if self.buffer.layer != index:
                         raise UserError(f"{self._file(index)} is gone; delete {self.scratch} to start stage 1 again")
@@ -141,10 +135,10 @@ class StreamedTransfer:
         return index not in self.maps or distributed.broadcast(self._file(index).is_file())
 
     def _train(self, index: int, layer: nn.Module, initial: dict[str, Tensor]) -> None:
-        maps, sweep, params = self.maps[index], self.sweep, self.params
-        wide = torch.float64 if sweep.dtype == torch.float64 else torch.float32
+        maps, student, params = self.maps[index], self.student, self.params
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         for name, value in initial.items():
-            maps._parameters[name] = nn.Parameter(value.to(sweep.device, wide))
+            maps._parameters[name] = nn.Parameter(value.to(student.device, wide))
         rows = HiddenRows(self.calibration, self.buffer, index)
 
         def show(batch: dict[str, Tensor], observer: LayerObserver) -> None:
@@ -152,7 +146,7 @@ class StreamedTransfer:
                 observer(call)
                 raise StopForward
 
-            sweep.forward_layer(index, batch["hidden"], batch, observe)
+            student.forward_layer(index, batch["hidden"], batch, observe)
 
         def losses(batch: dict[str, Tensor], scale: float | None = None) -> dict[str, Tensor]:
             observer = LossObserver(len(self.maps), params, scale)
@@ -161,7 +155,7 @@ class StreamedTransfer:
             return observer.scalars()
 
         def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value.to(sweep.device, non_blocking=True) for name, value in batch.items()}
+            return {name: value.to(student.device, non_blocking=True) for name, value in batch.items()}
 
         def held_out_errors(indices: np.ndarray) -> dict[str, Tensor]:
             observer = HeadErrors()
@@ -186,9 +180,9 @@ class StreamedTransfer:
             evaluate=evaluate,
             scratch=own_scratch,
             seed=self.seed,
-            device=sweep.device,
+            device=student.device,
             log=lambda metrics, step: self.log(_of_layers(metrics), step),
-            label=f"attention transfer, layer {index} (of {len(sweep.layers)})",
+            label=f"attention transfer, layer {index} (of {len(student.layers)})",
         )
         with self.stopwatch.part("validation"):
             errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
@@ -203,10 +197,10 @@ class StreamedTransfer:
 
     def _propagate(self, index: int) -> None:
         """Overwrite the inputs of layer `index` with those of the next."""
-        self._advance(index + 1, lambda batch: self.sweep.forward_layer(index, batch["hidden"], batch, ignore_layer))
+        self._advance(index + 1, lambda batch: self.student.forward_layer(index, batch["hidden"], batch, ignore_layer))
 
     def _advance(self, target: int, compute: Callable[[dict[str, Tensor]], Tensor | None]) -> None:
-        buffer, device = self.buffer, self.sweep.device
+        buffer, device = self.buffer, self.student.device
         blocks = buffer.next_block(target)
         groups = [self.calibration.groups(buffer.block_rows(block), self.params.batch_size) for block in blocks]
         parts = [[mine for mine, share in map(distributed.part, batches) if share] for batches in groups]
@@ -223,7 +217,7 @@ class StreamedTransfer:
                     batch = self.calibration.batch(mine)
                 out = compute({name: value.to(device, non_blocking=True) for name, value in batch.items()})
                 buffer.write(target, mine, cast(Tensor, out))
-            buffer.settle()
+            buffer.flush()
             distributed.barrier()
             buffer.commit(target, block)
             distributed.barrier()
@@ -269,30 +263,24 @@ def _merged(results: list[TrainResult]) -> TrainResult:
 
 
 def streamed_attention_transfer(
-    folder: Path | str,
-    config: PreTrainedConfig,
-    settings: LinearizeConfig,
+    student: LayerwiseModel,
     rows: Rows,
     validation: Rows,
     params: TransferParams,
     *,
     scratch: Path,
-    device: torch.device,
-    dtype: torch.dtype,
     seed: int = 0,
-    on_disk: bool = True,
     log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
     stopwatch: Stopwatch | None = None,
     block_bytes: int = BLOCK,
 ) -> tuple[dict[str, Tensor], TrainResult, Errors]:
-    """Stage 1 with one layer of the teacher in memory at a time.
+    """Stage 1 with one layer of the teacher in memory at a time; `student` is closed at the end.
 
     Args:
-        folder: the teacher's safetensors files; `config`: its configuration.
-        settings: of the linearization; feature maps start as `linearize` makes them with `seed`.
+        student: a linearized model; its feature maps start as `linearize` makes them with `seed`.
+        params: with `buffer: disk` a killed run finds the hidden states again; from memory they are computed again up
+            to the layer that was being trained.
         scratch: directory of finished layers, the step checkpoint and the buffer; the same one continues a killed run.
-        on_disk: keep the hidden states in a file there, where a killed run finds them; in memory they are computed
-            again up to the layer that was being trained.
         stopwatch: takes the seconds of each part of the work.
 
     Returns:
@@ -300,35 +288,27 @@ def streamed_attention_transfer(
         mode measures.
 
     Raises:
-        UserError: the model cannot be linearized, its files are damaged, nothing is to be trained, or the buffer does
-            not fit on the disk.
+        UserError: nothing is to be trained, the teacher's files are damaged, the buffer does not fit on the disk, or
+            several processes were to share one in memory.
     """
-    check_cross_entropy(rows, params)
-    if distributed.world() > 1 and not on_disk:
-        raise UserError("`transfer.buffer` must be disk with several processes, which share its file, got memory")
-    student = without_weights(lambda: empty_student(config, settings))
-    names = {maps: name for name, maps in feature_maps(student).items()}
-    if not names:
-        raise UserError("attention transfer: nothing to train; every layer keeps its softmax attention")
-    if len(rows) == 0:
-        raise UserError("attention transfer: there are no training rows")
-    sweep = Sweep(student, WeightFiles(folder), device, dtype)
-    try:
-        calibration = Calibration.plan(rows, validation, params, seed)
+    with closing(student):
+        check_cross_entropy(rows, params)
+        if distributed.world() > 1 and params.buffer != "disk":
+            raise UserError("`transfer.buffer` must be disk with several processes, which share its file, got memory")
+        if not feature_maps(student.model):
+            raise UserError("attention transfer: nothing to train; every layer keeps its softmax attention")
+        if len(rows) == 0:
+            raise UserError("attention transfer: there are no training rows")
         work = StreamedTransfer(
-            sweep,
-            names,
-            calibration,
+            student,
+            Calibration.plan(rows, validation, params, seed),
             params,
             scratch=scratch,
             seed=seed,
             log=log,
-            on_disk=on_disk,
-            stopwatch=stopwatch or Stopwatch(device),
+            stopwatch=stopwatch or Stopwatch(student.device),
             block_bytes=block_bytes,
         )
         work.run()
         distributed.barrier()
         return work.collect()
-    finally:
-        sweep.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lolcats_core  # noqa: F401  (registers the model type)
 from lolcats_common.errors import UserError
-from lolcats_common.files import atomic_directory
+from lolcats_common.files import atomic_directory, read_json
 from lolcats_common.params import load_params, read_yaml
 from lolcats_core.export.delta import ADAPTER, ADAPTER_CONFIG, DELTA, read_delta
 from tasks.registry import register
+from tasks.registry.versions import ARTIFACTS, version_files
 from tasks.reporting.model_card import Facts, model_card
 from tasks.runner.logs import quiet_progress_bars
 
@@ -95,35 +95,30 @@ def _write_merged(model: Path, folder: Path, max_shard_size: str | None) -> None
 
 def _current(root: Path, form: str) -> tuple[dict[str, Path], Facts]:
     params = load_params(root / "params.yaml")
-    kept = {key: root / path for key, path in register.ARTIFACTS.items()}
+    kept = {key: root / path for key, path in ARTIFACTS.items()}
     facts = _facts("the current outputs", params.register.name, form, kept, register.lineage(root, params))
     return {"merged": kept["model"], "delta": kept["adapter"]}, facts
 
 
 def _registered(root: Path, name: str, source: str, form: str) -> tuple[dict[str, Path], Facts]:
-    version, folder = register.version_files(root, name, source)
-    kept = {key: folder / path.name for key, path in register.ARTIFACTS.items()}
+    version, folder = version_files(root, name, source)
+    kept = {key: folder / path.name for key, path in ARTIFACTS.items()}
     title = f"{version.name} version {version.version}"
     facts = _facts(title, version.name, form, kept, {"registered": title, **version.tags})
     return {"merged": kept["model"], "delta": kept["adapter"]}, facts
 
 
 def _facts(title: str, name: str, form: str, kept: dict[str, Path], lineage: dict[str, str]) -> Facts:
-    def read(key: str) -> dict[str, Any]:
-        if not kept[key].is_file():
-            return {}
-        if kept[key].suffix == ".yaml":
-            return read_yaml(kept[key])
-        return dict(json.loads(kept[key].read_text(encoding="utf-8")))
+    def read(path: Path) -> Any:
+        return read_json(path, "register the model again") if path.is_file() else {}
 
-    config = dict(json.loads((kept["model"] / "config.json").read_text(encoding="utf-8")))
     return Facts(
         title=title,
         name=name,
         form=form,
-        config=config,
-        teacher=read("teacher"),
-        params=read("params"),
-        evaluation=read("evaluation"),
+        config=read(kept["model"] / "config.json"),
+        teacher=read(kept["teacher"]),
+        params=read_yaml(kept["params"]) if kept["params"].is_file() else {},
+        evaluation=read(kept["evaluation"]),
         lineage=lineage,
     )

@@ -12,77 +12,30 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
-from lolcats_core import LinearizeConfig, linearize, load_feature_maps
-from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_common.records import Audit, Positions, StateBytes
+from lolcats_core import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
 from lolcats_core.evaluation.recall import copy_recall, special_ids
-from lolcats_core.evaluation.results import ResultCache, model_hash
+from lolcats_core.evaluation.results import ResultCache
 from lolcats_core.model.decoding.state_size import state_facts
-from lolcats_core.teacher.pin import Teacher
-from lolcats_core.training.perplexity import bigram_perplexity, perplexity
-from tasks.measurements import streamed_models
-from tasks.measurements.streamed_models import NEEDS_WHOLE, StreamedModels
-from tasks.runner.artifacts import selected
+from lolcats_core.training.perplexity import bigram_perplexity
+from tasks.measurements import models
 from tasks.runner.stage import Stage
 
 logger = logging.getLogger(__name__)
 # Rows beyond the training length, where the teacher's context allows it.
 LONG_FACTOR = 4
 PROMPT_TOKENS = 128
-
-
-class Models:
-    """The model at each step, loaded when first asked for; at most the teacher's and one student's weights are held."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
-        self.teacher = Teacher.open(stage.input("teacher"))
-        self.device = resolve_device(stage.params.compute.device)
-        self.dtype = resolve_dtype(stage.params.compute.precision)
-        self._held: dict[str, PreTrainedModel] = {}
-        self._hashes: dict[str, str] = {}
-
-    def get(self, step: str) -> PreTrainedModel:
-        """The model of one step: ``swapped`` has untrained maps in place of softmax, ``transferred`` trained ones."""
-        if step not in self._held:
-            kept = {} if step == "finetuned" else {"teacher": self._held.get("teacher")}
-            self._held = {name: model for name, model in kept.items() if model is not None}
-            self._held[step] = self._load(step)
-        return self._held[step]
-
-    def hash(self, step: str) -> str:
-        """`model_hash` of one step's model."""
-        if step not in self._hashes:
-            self._hashes[step] = model_hash(self.get(step))
-        return self._hashes[step]
-
-    def _load(self, step: str) -> PreTrainedModel:
-        stage = self.stage
-        if step == "teacher":
-            return self.teacher.load(self.dtype, self.device)
-        if step == "finetuned":
-            return self._load_finetuned(stage.input("finetune") / "model")
-        settings, maps = selected(stage)
-        student = linearize(self.get("teacher"), settings, seed=stage.params.seed)
-        if step == "transferred":
-            load_feature_maps(student, maps)
-        return student
-
-    def _load_finetuned(self, path: Path) -> PreTrainedModel:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
-        except OSError as error:
-            raise UserError(f"{path}: does not load ({error}); run stage `finetune` again") from error
-        return cast(PreTrainedModel, model.to(self.device).eval())  # type: ignore[arg-type]
+# What needs a model that is there as a whole, by its parameter, and the value that leaves it out.
+NEEDS_WHOLE = {"recall_gaps": (), "tasks": (), "long_rows": 0, "generation_prompts": 0, "audit_rows": 0}
 
 
 class Measurements:
@@ -94,11 +47,9 @@ class Measurements:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.params = stage, stage.params.evaluate
-        self.models = Models(stage)
-        self.streamed: StreamedModels | None = None
+        self.models = models.Models(stage)
         self.left_out: list[str] = []
-        if streamed_models.needed(stage, self.models.teacher, self.models.device):
-            self.streamed = StreamedModels(stage, self.models.teacher, self.models.device, self.models.dtype)
+        if self.models.by_layer:
             self.left_out = [name for name, nothing in NEEDS_WHOLE.items() if getattr(self.params, name) != nothing]
             self.params = replace(self.params, **NEEDS_WHOLE)  # type: ignore[arg-type]
             text = (
@@ -111,10 +62,10 @@ class Measurements:
         # At once: lm-eval gives a tokenizer without one a padding token.
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         # This file says what is asked: which prompts, lengths and tokens. The settings are in each key.
-        self.cache = ResultCache(stage.results, [Path(__file__)])
+        self.cache = ResultCache(stage.results, [Path(__file__), Path(models.__file__)])
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
-    def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
         """The result of `measure`, from the scratch directory where an earlier, cut-short run left it."""
         file = self.stage.scratch / "measured" / f"{name}.json"
         try:
@@ -125,8 +76,8 @@ class Measurements:
             return result
 
     def cached(
-        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
+    ) -> Any:
         """As `kept`, and from the result cache where this very model was measured before under the same settings."""
 
         def look_up() -> dict[str, Any]:
@@ -135,7 +86,7 @@ class Measurements:
 
         return self.kept(f"{name}-{step}", look_up)
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> StateBytes:
         """Bytes that the student's decoding holds for one sequence: `state_facts`."""
         config: Any = AutoConfig.from_pretrained(self.stage.input("finetune") / "model")
         return state_facts(config, LinearizeConfig.from_dict(config.linearize), self.models.dtype)
@@ -150,25 +101,15 @@ class Measurements:
 
     def perplexity(self, step: str) -> dict[str, Any]:
         """Perplexity of one step's model on the validation rows."""
-        limit, streamed = self.params.max_perplexity_rows, self.streamed
-        if streamed is not None:
-            return self.kept(f"perplexity-{step}", lambda: vars(streamed.perplexity(step, self.rows)))
 
         def measure() -> dict[str, Any]:
-            count = len(self.rows) if limit is None else min(len(self.rows), limit)
-            with progress(count, f"perplexity of the {step} model") as bar:
-                result = perplexity(
-                    self.models.get(step),
-                    self.rows,
-                    batch_size=self.params.batch_size,
-                    max_rows=limit,
-                    name=f"the {step} model",
-                    on_rows=bar.update,
-                )
+            result = self.models.perplexity(step, self.rows)
             logger.info("perplexity of the %s model: %.4g", step, result.perplexity)
             return vars(result)
 
-        return self.cached(step, "perplexity", {"max_rows": limit}, measure)
+        if self.models.by_layer:  # a model's hash reads all of its weights
+            return self.kept(f"perplexity-{step}", measure)
+        return self.cached(step, "perplexity", {"max_rows": self.params.max_perplexity_rows}, measure)
 
     def recall(self, step: str, gap: int) -> dict[str, Any]:
         """Copying recall of one model at one gap."""
@@ -191,13 +132,13 @@ class Measurements:
 
         return self.cached(step, f"recall-{gap}", {"samples": self.params.recall_samples}, measure)
 
-    def positions(self, step: str) -> dict[str, Any]:
+    def positions(self, step: str) -> Positions:
         """Loss by position in rows longer than those of training."""
         context = self.teacher_facts()["context"]
         length = LONG_FACTOR * int(self.rows.sequence_length)
         length = min(length, context) if context else length
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Mapping[str, Any]:
             batch = position.joined_rows(self.rows, length, self.params.long_rows)
             count, tokens = batch["input_ids"].shape
             with progress(count, f"loss by position of the {step} model") as bar:
@@ -237,7 +178,7 @@ class Measurements:
 
         return self.kept(f"task-{name}-{step}", look_up)
 
-    def writing(self, step: str) -> dict[str, Any]:
+    def generations(self, step: str) -> dict[str, Any]:
         """Greedy continuations of the first rows, and what they cost; measured anew on every machine."""
 
         def measure() -> dict[str, Any]:
@@ -246,7 +187,7 @@ class Measurements:
             tokens, cost = generation.continue_greedily(self.models.get(step), ids, self.params.generation_tokens)
             return {"tokens": tokens, "cost": cost, "prompt_tokens": ids.shape[1]}
 
-        return self.kept(f"writing-{step}", measure)
+        return self.kept(f"generations-{step}", measure)
 
     def teacher_facts(self) -> dict[str, Any]:
         """``context`` (longest row, or None) and ``end`` (tokens that end a text), so that nothing else loads it."""
@@ -258,11 +199,11 @@ class Measurements:
 
         return self.kept("teacher-facts", look)
 
-    def audit(self, step: str) -> dict[str, Any]:
+    def audit(self, step: str) -> Audit:
         """The teacher's entropy, the error by head of the transferred model, or the branches of the finetuned one."""
         count, rows = self.params.audit_rows, self.rows
 
-        def measure() -> dict[str, Any]:
+        def measure() -> Audit:
             logger.info("audit of the %s model", step)
             model = self.models.get(step)
             if step == "teacher":

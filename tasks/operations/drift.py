@@ -12,12 +12,12 @@ from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.packing import DocumentPacker
-from lolcats_core.data.records import Encoder, RecordError, detect_shape, pieces
+from lolcats_core.data.records import Encoder, RecordError, detect_shape, segments_of
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.sources import raw_records
 from lolcats_core.training.perplexity import perplexity
-from tasks.registry import register
-from tasks.registry.promotion import CHAMPION, find_version, read_evaluation
+from tasks.registry.promotion import CHAMPION
+from tasks.registry.versions import check_bytes, find_version, read_evaluation, stored_model
 from tasks.runner.mlflow_run import connect
 
 
@@ -56,8 +56,8 @@ def measure(root: Path, params: Params) -> Drift:
         raise UserError("`relinearize.drift_source` names no recent text; give a file, a directory or a glob")
     client, device = connect(root), resolve_device(params.compute.device)
     version = find_version(client, params.register.name, CHAMPION)
-    with register.stored_model(client, version) as stored, tempfile.TemporaryDirectory() as temporary:
-        register.check_bytes(version, stored)
+    with stored_model(client, version) as stored, tempfile.TemporaryDirectory() as temporary:
+        check_bytes(version, stored)
         path = stored / "artifacts" / "model"
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +67,7 @@ def measure(root: Path, params: Params) -> Drift:
         rows = _rows(root, data, tokenizer, model.config.vocab_size, params.relinearize.drift_tokens, Path(temporary))
         recent = perplexity(model.to(device).eval(), rows, batch_size=params.evaluate.batch_size, name="the champion")
         validation = read_evaluation(stored)["perplexity"]["finetuned"]
-    return Drift(str(version.version), recent.perplexity, float(validation), params.relinearize.max_drift)
+    return Drift(str(version.version), recent.perplexity, validation, params.relinearize.max_drift)
 
 
 def _rows(root: Path, data: DataParams, tokenizer: Any, vocab_size: int, limit: int, out: Path) -> TokenRows:
@@ -83,7 +83,9 @@ def _rows(root: Path, data: DataParams, tokenizer: Any, vocab_size: int, limit: 
             if raw.fields is None:
                 continue
             try:
-                document = pieces(raw.fields, cast(Any, detect_shape(raw.fields, data.format)), completion, tokenizer)
+                document = segments_of(
+                    raw.fields, cast(Any, detect_shape(raw.fields, data.format)), completion, tokenizer
+                )
             except (RecordError, UnicodeEncodeError):
                 continue
             for tokens, targets in encoder.encode([document]):

@@ -15,7 +15,7 @@ from lolcats_common.errors import Unavailable
 from lolcats_common.files import sha256_json
 from lolcats_common.params import Params, read_yaml
 from lolcats_core.data import sources
-from tasks.registry import promotion, register
+from tasks.registry import promotion, register, versions
 from tasks.runner.mlflow_run import connect, first_line
 from tasks.versioning import dvc_graph, lock_commits, worktrees
 
@@ -24,7 +24,7 @@ NAME = "relinearize"
 BRANCH_TAG = "lock.branch"
 
 
-def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> worktrees.Experiment:
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> worktrees.Worktree:
     """The worktree, at HEAD and with the overrides; with `relinearize.follow_hub` at the newest revisions too.
 
     Raises:
@@ -60,7 +60,7 @@ def newest_revisions(params: Params, root: Path) -> dict[str, str]:
     return found
 
 
-def changes(root: Path, chosen: worktrees.Experiment) -> dict[str, list[str]]:
+def changes(root: Path, chosen: worktrees.Worktree) -> dict[str, list[str]]:
     """What a new run would do, by stage with the reasons; empty where the last one's result still stands.
 
     Code, parameters, the teacher's and the text's files count; and what a run that was cut short left undone for its
@@ -76,23 +76,23 @@ def changes(root: Path, chosen: worktrees.Experiment) -> dict[str, list[str]]:
     return found
 
 
-def _unfinished(root: Path, chosen: worktrees.Experiment) -> dict[str, list[str]]:
+def _unfinished(root: Path, chosen: worktrees.Worktree) -> dict[str, list[str]]:
     """What is missing for the present result; a version that was rolled back is finished, and stays where it is."""
     client, name = connect(root), chosen.params.register.name
-    version = register.find_model(client, name, register.current_md5(chosen.root))
+    version = versions.find_model(client, name, register.current_md5(chosen.root))
     if version is None:
         return {"register": ["the last result was not registered"]}
     if BRANCH_TAG not in version.tags:
         return {"commit": ["the last result was not committed"]}
-    standing = promotion.standing(root, name, str(version.version))
-    if standing.passed is None:
+    status = versions.version_status(root, name, str(version.version))
+    if status.passed is None:
         return {"gates": ["the last result was not examined"]}
-    if promotion.CHALLENGER in standing.aliases:
+    if promotion.CHALLENGER in status.aliases:
         return {"promote": ["the last result passed its gates and was not promoted"]}
     return {}
 
 
-def commit(root: Path, chosen: worktrees.Experiment, version: str, reasons: Mapping[str, list[str]]) -> str:
+def commit(root: Path, chosen: worktrees.Worktree, version: str, reasons: Mapping[str, list[str]]) -> str:
     """Commit dvc.lock and params.yaml of the run on ``relinearize/<date>``; the branch's name.
 
     Raises:

@@ -1,6 +1,6 @@
-"""The gates: what a registered version must show before it may serve, decided from measurements alone.
+"""The gates: the conditions under which a registered version may serve, decided from measurements alone.
 
-Nothing here reads a store or a model: `judge` takes the evaluation of the version and of the champion and what
+Nothing here reads a store or a model: `evaluate_gates` takes the evaluation of the version and of the champion and what
 `tasks.registry.gate_probe` measured on the stored artifact. A score counts as too low only where it misses its
 bound by more than `gates.noise` standard errors.
 """
@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lolcats_common.operation_params import GateMode, GatesParams
+from lolcats_common.records import Evaluation, Measured
+from lolcats_common.tables import markdown_table
 
+Scores = tuple[Measured, Measured]  # teacher's, student's
 PROBED = ("loads", "recurrent", "left_padding", "speed", "memory")
 GATES = ("perplexity", "task_recovery", "recall_recovery", "regression", *PROBED)
 
@@ -29,8 +32,8 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one gate says. A failed gate refuses the version only in the mode ``enabled``."""
+class GateResult:
+    """The checks of one gate. A failed gate refuses the version only in the mode ``enabled``."""
 
     gate: str
     mode: GateMode
@@ -47,7 +50,7 @@ class Verdict:
         return self.mode == "enabled" and not self.passed
 
     @property
-    def result(self) -> str:
+    def outcome(self) -> str:
         """One word or two for tables."""
         if not self.checks:
             return "disabled" if self.mode == "disabled" else "nothing to compare"
@@ -56,137 +59,137 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GateReport:
-    """All verdicts on one version. `champion`: the version it was compared with, None where there was none."""
+    """The results of all gates for one version. `champion`: that it was compared with, None where there was none."""
 
     name: str
     version: str
     champion: str | None
-    verdicts: tuple[Verdict, ...]
+    results: tuple[GateResult, ...]
 
     @property
     def passed(self) -> bool:
         """Whether no gate refuses."""
-        return not any(verdict.refuses for verdict in self.verdicts)
+        return not any(result.refuses for result in self.results)
 
     @property
     def reasons(self) -> list[str]:
         """One line for each check that refuses."""
         return [
-            f"{verdict.gate}: {check.what} is {check.measured}, the bound is {check.bound}"
-            for verdict in self.verdicts
-            if verdict.refuses
-            for check in verdict.checks
+            f"{result.gate}: {check.what} is {check.measured}, the bound is {check.bound}"
+            for result in self.results
+            if result.refuses
+            for check in result.checks
             if not check.passed
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"passed": self.passed, "reasons": self.reasons}
+        """Plain values for JSON, under the keys that stored reports have."""
+        values = asdict(self)
+        return {**values, "verdicts": values.pop("results"), "passed": self.passed, "reasons": self.reasons}
 
     def markdown(self) -> str:
         """The report as a Markdown page."""
-        against = f"compared with the champion, version {self.champion}" if self.champion else "there is no champion"
-        lines = [f"# Gates of {self.name} version {self.version}: {'passed' if self.passed else 'REFUSED'}", ""]
-        lines += [f"{against[0].upper()}{against[1:]}.", "", "| gate | mode | result | what | measured | bound |"]
-        lines.append("|---|---|---|---|---|---|")
-        for verdict in self.verdicts:
-            for check in verdict.checks or [Check("", "", "", True)]:
-                mark = verdict.result if check.passed == verdict.passed else "passed"
-                lines.append(
-                    f"| {verdict.gate} | {verdict.mode} | {mark} | {check.what} | {check.measured} | {check.bound} |"
-                )
-        return "\n".join(lines) + "\n"
+        against = f"Compared with the champion, version {self.champion}" if self.champion else "There is no champion"
+        rows = [
+            (
+                result.gate,
+                result.mode,
+                result.outcome if check.passed == result.passed else "passed",
+                check.what,
+                check.measured,
+                check.bound,
+            )
+            for result in self.results
+            for check in result.checks or [Check("", "", "", True)]
+        ]
+        table = markdown_table(("gate", "mode", "result", "what", "measured", "bound"), rows, align="left")
+        outcome = "passed" if self.passed else "REFUSED"
+        return f"# Gates of {self.name} version {self.version}: {outcome}\n\n{against}.\n\n{table}\n"
 
 
-def judge(
-    gates: GatesParams,
-    evaluation: Mapping[str, Any],
-    champion: Mapping[str, Any] | None,
-    probe: Mapping[str, Any] | None,
-) -> tuple[Verdict, ...]:
-    """The verdict of each gate, in the order of `GATES`.
+def evaluate_gates(
+    gates: GatesParams, evaluation: Evaluation, champion: Evaluation | None, probe: Mapping[str, Any] | None
+) -> tuple[GateResult, ...]:
+    """The result of each gate, in the order of `GATES`.
 
     Args:
-        evaluation: the version's evaluation.json; `champion`: the champion's, None where there is none.
-        probe: what `tasks.registry.gate_probe` measured, None where no gate asked for it.
+        evaluation: the version's; `champion`: the champion's, None where there is none.
+        probe: the result of `tasks.registry.gate_probe`, None where no gate asked for it.
     """
+    tasks, recall = task_scores(evaluation), recall_scores(evaluation)
     checks: dict[str, Sequence[Check]] = {
         "perplexity": _perplexity(gates, evaluation),
-        "task_recovery": list(_recovery(evaluation_tasks(evaluation), gates.min_task_recovery, gates.noise)),
-        "recall_recovery": list(_recovery(evaluation_recall(evaluation), gates.min_recall_recovery, gates.noise)),
+        "task_recovery": list(_recovery(tasks, gates.min_task_recovery, gates.noise)),
+        "recall_recovery": list(_recovery(recall, gates.min_recall_recovery, gates.noise)),
         "regression": list(_regression(gates, evaluation, champion)) if champion is not None else [],
         **_probed(gates, probe or {}),
     }
-    verdicts = []
+    results = []
     for gate in GATES:
         mode: GateMode = getattr(gates, gate)
-        verdicts.append(Verdict(gate, mode, () if mode == "disabled" else tuple(checks[gate])))
-    return tuple(verdicts)
+        results.append(GateResult(gate, mode, () if mode == "disabled" else tuple(checks[gate])))
+    return tuple(results)
 
 
-def ratio(evaluation: Mapping[str, Any]) -> float:
+def ratio(evaluation: Evaluation) -> float:
     """The student's perplexity over its teacher's; NaN where either was not measured."""
     perplexity = evaluation.get("perplexity") or {}
     student, teacher = perplexity.get("finetuned"), perplexity.get("teacher")
     return student / teacher if student and teacher else math.nan
 
 
-def evaluation_tasks(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Each task with the results of ``teacher`` and ``finetuned``."""
-    return dict(evaluation.get("tasks") or {})
+def task_scores(evaluation: Evaluation) -> dict[str, Scores]:
+    """Teacher's and student's score on each task."""
+    return {name: (task["teacher"], task["finetuned"]) for name, task in (evaluation.get("tasks") or {}).items()}
 
 
-def evaluation_recall(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Each recall gap with the results of ``teacher`` and ``finetuned``."""
+def recall_scores(evaluation: Evaluation) -> dict[str, Scores]:
+    """Teacher's and student's recall at each gap that both were measured at."""
     recall = evaluation.get("recall") or {}
-    sides = {side: recall.get(side) or {} for side in ("teacher", "finetuned")}
-    return {
-        f"recall at gap {gap}": {"teacher": result, "finetuned": sides["finetuned"][gap]}
-        for gap, result in sides["teacher"].items()
-        if gap in sides["finetuned"]
-    }
+    teacher, student = recall.get("teacher") or {}, recall.get("finetuned") or {}
+    return {f"recall at gap {gap}": (result, student[gap]) for gap, result in teacher.items() if gap in student}
 
 
-def _perplexity(gates: GatesParams, evaluation: Mapping[str, Any]) -> list[Check]:
+def _perplexity(gates: GatesParams, evaluation: Evaluation) -> list[Check]:
     value, bound = ratio(evaluation), gates.max_perplexity_ratio
     return [Check("student's perplexity over the teacher's", f"{value:.4g}", f"at most {bound:g}", value <= bound)]
 
 
-def _share(result: Mapping[str, Any]) -> tuple[float, float] | None:
+def _share(scores: Scores) -> tuple[float, float] | None:
     """The student's score as a share of the teacher's with its standard error; None where the teacher has none."""
-    teacher, student = result["teacher"]["value"], result["finetuned"]["value"]
-    if not teacher > 0:
+    teacher, student = scores
+    if not teacher["value"] > 0:
         return None
-    return student / teacher, (result["finetuned"].get("stderr") or 0.0) / teacher
+    return student["value"] / teacher["value"], (student.get("stderr") or 0.0) / teacher["value"]
 
 
-def _recovery(results: Mapping[str, Mapping[str, Any]], bound: float, noise: float) -> Iterator[Check]:
-    for name, result in results.items():
-        share = _share(result)
+def _recovery(scores: Mapping[str, Scores], bound: float, noise: float) -> Iterator[Check]:
+    for name, pair in scores.items():
+        share = _share(pair)
         if share is not None:
             value, error = share
             measured = f"{value:.3f} ± {error:.3f} of the teacher"
             yield Check(name, measured, f"at least {bound:g}", value + noise * error >= bound)
 
 
-def _regression(gates: GatesParams, evaluation: Mapping[str, Any], champion: Mapping[str, Any]) -> Iterator[Check]:
+def _regression(gates: GatesParams, evaluation: Evaluation, champion: Evaluation) -> Iterator[Check]:
     """Shares of the teacher are compared, since versions may differ in their teacher and their data."""
     before, after = ratio(champion), ratio(evaluation)
     if not math.isnan(before):
         bound = before * (1 + gates.max_perplexity_regression)
         yield Check("student's perplexity over the teacher's", f"{after:.4g}", f"at most {bound:.4g}", after <= bound)
-    for scores in (evaluation_tasks, evaluation_recall):
+    for scores in (task_scores, recall_scores):
         new, old = scores(evaluation), scores(champion)
         for name in new.keys() & old.keys():
             now, then = _share(new[name]), _share(old[name])
             if now is None or then is None:
                 continue
-            room = gates.noise * math.hypot(now[1], then[1])
+            tolerance = gates.noise * math.hypot(now[1], then[1])
             yield Check(
                 name,
                 f"{now[0]:.3f} of the teacher",
-                f"the champion's {then[0]:.3f} less {room:.3f}",
-                now[0] >= then[0] - room,
+                f"the champion's {then[0]:.3f} less {tolerance:.3f}",
+                now[0] >= then[0] - tolerance,
             )
 
 

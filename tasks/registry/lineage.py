@@ -1,4 +1,4 @@
-"""Where a registered version comes from, and the two commands that bring its code and its bytes back."""
+"""The origin of a registered version, and the two commands that bring its code and its bytes back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.registry.promotion import GATES_TAG, REASONS_TAG, find_version
-from tasks.registry.register import stored_model
+from tasks.registry.versions import GATES_TAG, REASONS_TAG, find_version, stored_model
 from tasks.runner.mlflow_run import connect
 
 GROUPS = {

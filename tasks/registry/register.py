@@ -1,4 +1,4 @@
-"""Registers the finetuned model in MLflow: log the model, create the version with its tags, then the alias.
+"""Register the finetuned model in MLflow: log the model, create the version with its tags, then the alias.
 
 Idempotent on (git commit, md5 of the model in dvc.lock), also where two processes register at once. A commit with the
 run's dvc.lock and params.yaml is kept beside each version, so that it leads back to every byte. The model is logged as
@@ -14,34 +14,24 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 from lolcats_common.errors import Unavailable, UserError
-from lolcats_common.files import sha256_tree
+from lolcats_common.files import read_json, sha256_tree
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params, read_yaml
+from lolcats_common.records import SIDES, Evaluation, RegisteredRecord
+from tasks.registry.versions import ARTIFACTS, COMPLETE, number, tagged_versions
 from tasks.runner.git import git_state
-from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line, is_missing
+from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line
 from tasks.versioning import dvc_graph, lock_commits
 
 logger = logging.getLogger(__name__)
 REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyyaml", "triton")
-MODEL = "outputs/finetune/model"
-# What a version keeps: the model and what `lolcats export` and `lolcats compare` need besides.
-ARTIFACTS = {
-    "model": Path(MODEL),
-    "adapter": Path("outputs/finetune/adapter"),
-    "evaluation": Path("outputs/evaluate/evaluation.json"),
-    "samples": Path("outputs/evaluate/samples"),
-    "report": Path("outputs/report/report.html"),
-    "teacher": Path("outputs/teacher/teacher.json"),
-    "params": Path("params.yaml"),
-}
-COMPLETE = "registration"  # tag; set to "complete" after the alias, so that a version cut short is recognised
+MODEL = str(ARTIFACTS["model"])
 EXAMPLE = ["def add(a, b):\n    "]
 
 
@@ -60,6 +50,16 @@ class RegisteredVersion:
         """What `mlflow.pyfunc.load_model` takes."""
         return f"models:/{self.name}/{self.version}"
 
+    def to_record(self) -> RegisteredRecord:
+        """What the summary says."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "alias": self.alias,
+            "created": self.created,
+            "uri": self.uri,
+        }
+
 
 def register(root: Path, params: Params, parent_run_id: str | None = None) -> RegisteredVersion:
     """Register ``outputs/finetune/model`` and give the new version its alias.
@@ -77,7 +77,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
     client = connect(root)
     name, alias = params.register.name, params.register.alias
     try:
-        existing = _find(client, name, key)
+        existing = max(tagged_versions(client, name, key), key=number, default=None)
         if existing is not None and existing.tags.get(COMPLETE) == "complete":
             logger.info("%s version %s is this very model; nothing was registered", name, existing.version)
             return RegisteredVersion(name, str(existing.version), alias, False, existing.run_id)
@@ -90,7 +90,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
             model_id, location = _log_model(client, root, run_id)
             _ensure_registered_model(client, name)
             existing = client.create_model_version(name, location, run_id=run_id, tags=tags, model_id=model_id)
-            existing = _settle(client, name, key, existing)
+            existing = keep_first_version(client, name, key, existing)
             if not parent_run_id:
                 client.set_terminated(run_id, "FINISHED")
         version = str(existing.version)
@@ -131,86 +131,6 @@ def lineage(root: Path, params: Params) -> dict[str, str]:
     return {"git.commit": commit, "git.dirty": str(dirty).lower(), **_origin(root, params, lock)}
 
 
-def download(root: Path, name: str, which: str) -> Path:
-    """The model directory of a registered version: ``3``, ``alias``, ``name/3`` or ``name@alias``.
-
-    Raises:
-        UserError: there is no such version.
-    """
-    return version_files(root, name, which)[1] / "model"
-
-
-def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
-    """A registered version and the directory of its files: model, and what `ARTIFACTS` names.
-
-    Raises:
-        UserError: there is no such version.
-    """
-    import mlflow.artifacts
-
-    wanted = which
-    if "@" in which:
-        name, _, wanted = which.partition("@")
-    elif "/" in which:
-        name, _, wanted = which.partition("/")
-    client = connect(root)
-    try:
-        version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
-        location = client.get_model_version_download_uri(name, version)
-        files = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts"))
-        return client.get_model_version(name, str(version)), files
-    except Exception as error:
-        raise UserError(f"{which}: no such directory or registered version: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def stored_model(client: Any, version: Any) -> Iterator[Path]:
-    """The directory of a version's MLflow model; of a store on another machine, a copy that ends with the block.
-
-    Raises:
-        Unavailable: the store does not answer.
-        UserError: the store has no such model.
-    """
-    import mlflow.artifacts
-
-    with tempfile.TemporaryDirectory(prefix="lolcats-stored-") as temporary:
-        try:
-            location = urlparse(client.get_logged_model(version.source.rpartition("/")[2]).artifact_location)
-            if location.scheme in ("", "file"):
-                path = Path(unquote(location.path))
-            else:
-                path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=temporary))
-        except Exception as error:
-            kind = UserError if is_missing(error) else Unavailable
-            raise kind(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
-        if not (path / "MLmodel").is_file():
-            raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
-        yield path
-
-
-def check_bytes(version: Any, stored: Path) -> None:
-    """Hold the stored model against the hash that its version was registered with.
-
-    Raises:
-        UserError: they differ.
-    """
-    found = sha256_tree(stored / "artifacts" / "model")
-    if found != version.tags.get("model.sha256"):
-        raise UserError(f"the files of {_label(version)} are not those that were registered; it cannot serve")
-
-
-def find_model(client: Any, name: str, md5: str) -> Any:
-    """The newest whole version of this model, whichever commit it was made at; None where there is none.
-
-    Raises:
-        Unavailable: the store does not answer.
-    """
-    try:
-        return _find(client, name, {"model.md5": md5, COMPLETE: "complete"})
-    except Exception as error:
-        raise Unavailable(f"the versions of {name} cannot be read: {first_line(error)}") from error
-
-
 def current_md5(root: Path) -> str:
     """DVC's hash of the model that dvc.lock names.
 
@@ -218,10 +138,6 @@ def current_md5(root: Path) -> str:
         UserError: there is none.
     """
     return _model_md5(_lock(root))
-
-
-def _label(version: Any) -> str:
-    return f"{version.name} version {version.version}"
 
 
 def _lock(root: Path) -> dict[str, Any]:
@@ -242,20 +158,10 @@ def _model_md5(lock: Mapping[str, Any]) -> str:
     raise UserError("dvc.lock has no hash of outputs/finetune; run `dvc repro` first")
 
 
-def _find(client: Any, name: str, key: Mapping[str, str]) -> Any:
-    """The newest version with this key; None where there is none."""
-    return max(_matching(client, name, key), key=lambda v: int(v.version), default=None)
-
-
-def _matching(client: Any, name: str, key: Mapping[str, str]) -> list[Any]:
-    found = client.search_model_versions(f"name = '{name}'", max_results=10_000)
-    return [v for v in found if all(v.tags.get(tag) == value for tag, value in key.items())]
-
-
-def _settle(client: Any, name: str, key: Mapping[str, str], created: Any) -> Any:
-    """Of several writers that registered this model at once, the one with the lowest number stays; all agree on it."""
-    first = min(_matching(client, name, key), key=lambda v: int(v.version), default=created)
-    if int(first.version) < int(created.version):
+def keep_first_version(client: Any, name: str, key: Mapping[str, str], created: Any) -> Any:
+    """The version that stays where several processes registered this model at once: all keep the lowest number."""
+    first = min(tagged_versions(client, name, key), key=number, default=created)
+    if number(first) < number(created):
         logger.info("%s version %s is this very model, registered by another process", name, first.version)
         client.delete_model_version(name, str(created.version))
         return first
@@ -274,19 +180,16 @@ def _own_run(root: Path, params: Params) -> str:
     return Run.start(root, "register", params=params, tags=device_tags()).id
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _read(path: Path) -> Any:
+    """A JSON object among the outputs; empty where there is no such file."""
+    return read_json(path, "run `dvc repro`") if path.is_file() else {}
 
 
 def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, str]:
-    """What a version says about its origin: data, teacher, runs, versions, hardware and the main results."""
+    """Tags that say where a version comes from: data, teacher, runs, versions, hardware and the main results."""
     outputs = root / "outputs"
-    evaluation = _read_json(outputs / "evaluate" / "evaluation.json")
-    teacher = _read_json(outputs / "teacher" / "teacher.json")
+    evaluation: Evaluation = _read(outputs / "evaluate" / "evaluation.json")
+    teacher = _read(outputs / "teacher" / "teacher.json")
     tags = {
         "teacher.source": params.teacher.source,
         "teacher.revision": str(teacher.get("revision") or params.teacher.revision),
@@ -300,14 +203,14 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
     for stage, entry in lock.items():
         for out in entry.get("outs") or []:
             tags[f"dvc.md5.{stage}"] = str(out.get("md5", ""))
-        run_id = _read_json(outputs / stage / "run.json").get("run_id")
+        run_id = _read(outputs / stage / "run.json").get("run_id")
         if run_id:
             tags[f"run.{stage}"] = str(run_id)
     for step, value in (evaluation.get("perplexity") or {}).items():
         tags[f"perplexity.{step}"] = f"{value:.4f}" if isinstance(value, float) else str(value)
     for task, result in (evaluation.get("tasks") or {}).items():
-        for side in ("teacher", "finetuned"):
-            if isinstance(result.get(side), dict):
+        for side in SIDES:
+            if side in result:
                 tags[f"{task}.{side}"] = f"{result[side]['value']:.4f} ± {result[side]['stderr']:.4f}"
     return {key: value[:5000] for key, value in tags.items() if value}
 

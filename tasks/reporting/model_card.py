@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lolcats_common.records import SIDES, Evaluation, Measured, Side
+from lolcats_common.tables import markdown_table, measured, number
+
 # Parameters that decide the weights; the rest of params.yaml says where and how a run runs.
 RECIPE = ("seed", "data", "linearize", "transfer", "select", "finetune")
-LINEAGE = (
-    "registered",
-    "git.",
-    "model.md5",
-    "dvc.md5.",
-    "run.",
-    "teacher.",
-    "data.",
-    "lm_eval.",
-    "version.",
-    "gpu",
-    "cpu",
-)
-LOAD = {
-    "merged": """\
-The directory holds the code that the model needs, so transformers alone loads it:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-```
-
-`lm_eval --model hf --model_args pretrained=DIR,trust_remote_code=True` evaluates it. With `lolcats_core` installed,
-import that first and leave `trust_remote_code` out.""",
-    "delta": """\
-A delta holds what was trained (LoRA factors and feature maps) and names its base exactly; the base is not in it.
-
-```python
-import lolcats_core as lc
-from transformers import AutoTokenizer
-
-model = lc.load_delta("DIR")  # the adapter on the linearized base
-model = lc.load_delta("DIR", merge=True)  # or merged, a plain transformers model
-model = lc.load_delta("DIR", base="the/base")  # where the base lies in another directory
-tokenizer = AutoTokenizer.from_pretrained("DIR")
-```
-
-Any other base is refused. `PeftModel.from_pretrained(linearized_base, "DIR")` works too, without that check; on the
-softmax model peft refuses it, because the module `linearized` is missing there.""",
-}
+# Beginnings of the tags that say where a model comes from.
+ORIGIN = ("registered", "git.", "model.md5", "dvc.md5.", "run.", "teacher.", "data.")
+SOFTWARE = ("lm_eval.", "version.", "gpu", "cpu")
+TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 
 
 @dataclass(frozen=True)
@@ -71,86 +37,94 @@ class Facts:
     config: dict[str, Any]
     teacher: dict[str, Any]
     params: dict[str, Any]
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     lineage: Mapping[str, str]
 
 
 def model_card(facts: Facts) -> ModelCard:
-    """The card, its metadata with a model-index in Hugging Face's format."""
-    results = eval_results(facts)
+    """The card; its metadata holds the results as a model-index, which the Hub shows."""
     data = ModelCardData(
         model_name=facts.name,
         library_name="transformers" if facts.form == "merged" else "peft",
         pipeline_tag="text-generation",
         base_model=facts.teacher.get("source") if facts.teacher.get("kind") == "hub" else None,
         tags=["lolcats", "linear-attention", facts.config["model_type"]],
-        eval_results=results or None,
+        eval_results=eval_results(facts) or None,
     )
-    sections = {
-        "How to load": LOAD[facts.form],
-        "Results": _results(facts),
-        "Limits": "\n".join(f"- {line}" for line in limits(facts)),
-        "Lineage": _table(("what", "which"), _lineage(facts)),
-        "Recipe": _block({key: facts.params[key] for key in RECIPE if key in facts.params}),
-    }
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {facts.name}\n\n{_summary(facts)}\n\n{body}\n")
+    recipe = {key: facts.params[key] for key in RECIPE if key in facts.params}
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=facts.name,
+        form=facts.form,
+        summary=_summary(facts),
+        results=_results(facts),
+        limits=list(limits(facts)),
+        lineage=markdown_table(("what", "which"), _lineage(facts), align="left"),
+        recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
+    )
 
 
 def eval_results(facts: Facts) -> list[EvalResult]:
     """The student's results; a standard error is a metric of its own, named as lm-eval names it."""
-    evaluation, data = facts.evaluation, f"{_data(facts)}, validation rows"
-    found = []
+    evaluation = facts.evaluation
+    found: list[EvalResult] = []
 
-    def add(task: str, dataset: str, metric: str, result: Mapping[str, Any], name: str | None = None) -> None:
-        for key, suffix in (("value", ""), ("stderr", "_stderr")):
-            if result.get(key) is not None:
-                found.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        dataset_type=task,
-                        dataset_name=dataset,
-                        metric_type=metric + suffix,
-                        metric_value=result[key],
-                        metric_name=f"{name or metric}{', standard error' if suffix else ''}",
-                    )
+    def add(task: str, dataset: str, metric: str, value: float | None, name: str) -> None:
+        if value is not None:
+            found.append(
+                EvalResult(
+                    task_type="text-generation",
+                    dataset_type=task,
+                    dataset_name=dataset,
+                    metric_type=metric,
+                    metric_value=value,
+                    metric_name=name,
                 )
+            )
 
-    if "finetuned" in evaluation.get("perplexity", {}):
-        add("validation", data, "perplexity", {"value": evaluation["perplexity"]["finetuned"]})
-    for gap, result in evaluation.get("recall", {}).get("finetuned", {}).items():
-        add("copying_recall", "random tokens", f"recall_{gap}", result, f"copying recall at gap {gap}")
+    def add_measured(task: str, dataset: str, metric: str, result: Measured, name: str) -> None:
+        add(task, dataset, metric, result["value"], name)
+        add(task, dataset, f"{metric}_stderr", result.get("stderr"), f"{name}, standard error")
+
+    perplexity = evaluation.get("perplexity", {}).get("finetuned")
+    add("validation", f"{_data(facts)}, validation rows", "perplexity", perplexity, "perplexity")
+    for gap, result in _recall(facts, "finetuned").items():
+        add_measured("copying_recall", "random tokens", f"recall_{gap}", result, f"copying recall at gap {gap}")
     for task, compared in evaluation.get("tasks", {}).items():
-        add(task, task, compared.get("metric", "acc"), compared["finetuned"])
+        metric = compared.get("metric", "acc")
+        add_measured(task, task, metric, compared["finetuned"], metric)
     return found
 
 
-def limits(facts: Facts) -> list[str]:
+def limits(facts: Facts) -> Iterator[str]:
     """What a reader must know before relying on the model, from what was measured."""
-    evaluation = facts.evaluation
-    perplexity, recall = evaluation.get("perplexity", {}), evaluation.get("recall", {})
-    lines = []
-    if {"teacher", "finetuned"} <= perplexity.keys():
+    perplexity, recall = facts.evaluation.get("perplexity", {}), _recall(facts, "finetuned")
+    if {*SIDES} <= perplexity.keys():
         ratio = perplexity["finetuned"] / perplexity["teacher"]
-        lines.append(f"Perplexity is {ratio:.3f} times the teacher's, which hides the loss of long-range recall.")
-    for gap, student in recall.get("finetuned", {}).items():
-        teacher = recall.get("teacher", {}).get(gap)
+        yield f"Perplexity is {ratio:.3f} times the teacher's, which hides the loss of long-range recall."
+    for gap, student in recall.items():
+        teacher = _recall(facts, "teacher").get(gap)
         if teacher and teacher["value"] > 0:
             share = student["value"] / teacher["value"]
-            lines.append(
-                f"Copying a random string over {gap} tokens: {_measured(student)}, the teacher {_measured(teacher)}: "
+            yield (
+                f"Copying a random string over {gap} tokens: {measured(student)}, the teacher {measured(teacher)}: "
                 f"{share:.0%} of its recall is left."
             )
-    if not recall.get("finetuned"):
-        lines.append("Long-range recall was not measured; students of this recipe usually lose it beyond the window.")
-    context = facts.teacher.get("context")
-    if context:
-        lines.append(f"The teacher was trained for {context} tokens; nothing is known beyond, though decoding goes on.")
-    lines.append(
+    if not recall:
+        yield "Long-range recall was not measured; students of this recipe usually lose it beyond the window."
+    if context := facts.teacher.get("context"):
+        yield f"The teacher was trained for {context} tokens; nothing is known beyond, though decoding goes on."
+    yield (
         "The decode state is a sum over the past, so tokens cannot be taken back: assisted and prompt-lookup decoding "
         "are refused."
     )
-    return lines
+
+
+def _recall(facts: Facts, side: Side) -> dict[str, Measured]:
+    """Recall by gap, the shortest first."""
+    recall = facts.evaluation.get("recall", {}).get(side, {})
+    return {gap: recall[gap] for gap in sorted(recall, key=int)}
 
 
 def _summary(facts: Facts) -> str:
@@ -176,46 +150,23 @@ def _data(facts: Facts) -> str:
 
 
 def _results(facts: Facts) -> str:
-    evaluation = facts.evaluation
-    rows = []
-    perplexity, recall = evaluation.get("perplexity", {}), evaluation.get("recall", {})
-    if "finetuned" in perplexity:
+    evaluation, rows = facts.evaluation, []
+    if "finetuned" in evaluation.get("perplexity", {}):
         tokens = f" ({evaluation['perplexity_tokens']:,} tokens)" if "perplexity_tokens" in evaluation else ""
-        sides = (f"{perplexity[side]:.4g}" if side in perplexity else "" for side in ("teacher", "finetuned"))
-        rows.append((f"perplexity on {_data(facts)}{tokens}", *sides))
-    for gap, result in recall.get("finetuned", {}).items():
-        teacher = recall.get("teacher", {}).get(gap)
-        rows.append((f"copying recall at gap {gap}", _measured(teacher), _measured(result)))
+        values = (number(evaluation["perplexity"].get(side)) for side in SIDES)
+        rows.append((f"perplexity on {_data(facts)}{tokens}", *values))
+    for gap in _recall(facts, "finetuned"):
+        rows.append((f"copying recall at gap {gap}", *(measured(_recall(facts, side).get(gap)) for side in SIDES)))
     for task, compared in evaluation.get("tasks", {}).items():
         items = f", {compared['items']} items" if "items" in compared else ""
-        sides = (_measured(compared.get(side)) for side in ("teacher", "finetuned"))
-        rows.append((f"{task} ({compared.get('metric', 'acc')}{items})", *sides))
-    if not rows:
-        return "None were kept with this version."
-    return _table(("", "teacher", "this model"), rows) + "\n\nValue ± standard error."
+        label = f"{task} ({compared.get('metric', 'acc')}{items})"
+        rows.append((label, *(measured(compared.get(side)) for side in SIDES)))
+    return markdown_table(("", "teacher", "this model"), rows) if rows else ""
 
 
 def _lineage(facts: Facts) -> list[tuple[str, str]]:
     known = {key: value for key, value in facts.lineage.items() if value != "None"}
-    rows = [(key, value) for key, value in sorted(known.items()) if key.startswith(LINEAGE)]
+    rows = [(key, value) for key, value in sorted(known.items()) if key.startswith(ORIGIN + SOFTWARE)]
     if facts.teacher:
         rows.append(("teacher files, SHA-256", str(facts.teacher.get("digest"))))
     return rows
-
-
-def _measured(result: Mapping[str, Any] | None) -> str:
-    if not result:
-        return ""
-    error = result.get("stderr")
-    return f"{result['value']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _block(values: dict[str, Any]) -> str:
-    if not values:
-        return "Not kept with this version."
-    return f"```yaml\n{yaml.safe_dump(values, sort_keys=False).strip()}\n```"

@@ -49,7 +49,7 @@ def training_metrics(result: TrainResult, trainable: int, total: int) -> dict[st
         "train_seconds": result.seconds,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
         "best_step": result.best_step,
-        "best_validation_loss": result.best_loss,
+        "best_validation_loss": result.best_loss if result.steps else 0.0,
         "trainable_parameters": trainable,
         "total_parameters": total,
     }

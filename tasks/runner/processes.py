@@ -1,7 +1,4 @@
-"""Process groups that end as one, and processes that end when the one they work for is gone.
-
-Imports nothing of `lolcats_core`, which brings torch with it.
-"""
+"""Process groups that end as one, and processes that end when the one they work for is gone."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,7 +58,7 @@ def _signals_deferred() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_with(processes: Iterable[psutil.Process]) -> None:
+def exit_when_gone(processes: Iterable[psutil.Process]) -> None:
     """Send this process SIGTERM once any of `processes` is gone."""
     watched = list(processes)
     if not watched:
@@ -80,7 +76,7 @@ def end_with(processes: Iterable[psutil.Process]) -> None:
         logger.warning("the process that started this one is gone; ending")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, name="end_with", daemon=True).start()
+    threading.Thread(target=watch, name="exit_when_gone", daemon=True).start()
 
 
 def process_of(variable: str) -> list[psutil.Process]:
@@ -117,14 +113,6 @@ def supervise(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def supervised() -> bool:
-    """Whether this process is the child of `supervise`; if so it ends with its supervisor."""
-    found = process_of(SUPERVISOR_VARIABLE)
-    if os.getpid() not in {process.pid for process in found}:
-        end_with(found)
-    return bool(found)
-
-
-def this_command() -> list[str]:
-    """The command line of this process, to be run again."""
-    return [sys.executable, "-m", "tasks.cli.main", *sys.argv[1:]]
+def exit_with_supervisor() -> None:
+    """In a process that `supervise` started: end when the supervisor is gone."""
+    exit_when_gone(process_of(SUPERVISOR_VARIABLE))

@@ -2,7 +2,8 @@
 
 A stage is a function ``run(stage) -> metrics`` in ``tasks/<name>.py``. Its outputs appear in ``outputs/<name>/`` in one
 rename after `run` returned; what it needs to continue after a kill lives in ``.scratch/<name>/<key>/``, where the key
-is a hash of everything that dvc.yaml says the stage depends on.
+is a hash of everything that dvc.yaml says the stage depends on. The harness needs neither torch nor MLflow to answer
+``--help`` or to refuse params.yaml, so it imports the stage's module only after that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -22,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -30,9 +32,10 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, sha256_file, sha256_json, sha256_tree, write_json, write_text
 from lolcats_common.machine import device_tags
 from lolcats_common.params import Params, load_params, read_yaml
+from tasks.runner.exits import Terminated, raise_terminated, run_and_report
 from tasks.runner.logs import quiet_progress_bars, setup_logging
 from tasks.runner.mlflow_run import Run, finite, first_line
-from tasks.runner.processes import end_with, process_of
+from tasks.runner.processes import exit_when_gone, process_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,19 +43,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FLOW_VARIABLE = "LOLCATS_FLOW_PID"
 RESULTS_VARIABLE = "LOLCATS_RESULTS"
+REPRO_VARIABLE = "LOLCATS_REPRO"  # one call of `tasks.versioning.dvc_graph.repro`, which run.json then names
 STATE = "run.json"
 ERROR = "error.txt"
 RANK = "RANK"  # set by torchrun
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; a BaseException so that no stage catches it by accident."""
-
-
 class Stage:
     """What `run` gets: where to read, where to write, where to keep resume state, and how to log."""
 
-    def __init__(self, name: str, root: Path, params: Params, out: Path, scratch: Path, run: Run | _NoRun) -> None:
+    def __init__(self, name: str, root: Path, params: Params, out: Path, scratch: Path, run: Run | Untracked) -> None:
         self.name, self.root, self.params = name, root, params
         self.out, self.scratch = out, scratch
         self._run = run
@@ -100,6 +100,9 @@ class Stage:
         _without_failing(f"dataset {name}", self._run.log_dataset, name, source, digest, context, profile)
 
 
+Work = Callable[[Stage], Mapping[str, float]]  # what a stage does; it returns its metrics
+
+
 def _without_failing(what: str, function: Callable[..., None], *arguments: Any) -> None:
     try:
         function(*arguments)
@@ -138,24 +141,26 @@ def _content(path: Path, dep: str, stage: str) -> str:
     return sha256_tree(path)
 
 
-def main(run: Callable[[Stage], Mapping[str, float]], name: str | None = None, parallel: bool = False) -> None:
+def main(name: str, run: Work | None = None, *, parallel: bool = False, tracked: bool = True) -> NoReturn:
     """Run one stage in the current directory and exit: 0, 1 after one line for the user, 143 or 130 when ended.
 
     Args:
-        parallel: the stage can be done by several processes; it is when `compute.processes` says so.
+        run: by default that of the module ``tasks.<name>``, which is imported once params.yaml was read; so a stage
+            calls `main` above its own imports.
+        parallel: several processes can do the stage; they do when `compute.processes` says so.
+        tracked: the stage is an MLflow run.
     """
-    stage_name = name or Path(run.__code__.co_filename).stem
     parser = argparse.ArgumentParser(
-        prog=f"python -m tasks.{stage_name}",
-        description=f"Run the stage {stage_name} of dvc.yaml with params.yaml, in the project's root. "
+        prog=f"python -m tasks.{name}",
+        description=f"Run the stage {name} of dvc.yaml with params.yaml, in the project's root. "
         "`dvc repro` does so when its inputs changed.",
     )
     parser.parse_args()
     if parallel and RANK not in os.environ:
-        _launch(stage_name, Path.cwd())
+        _launch(name, Path.cwd())
     setup_logging(logging.INFO if _rank() == 0 else logging.ERROR)
     signal.signal(signal.SIGTERM, raise_terminated)
-    sys.exit(execute(run, stage_name, Path.cwd()))
+    sys.exit(execute(name, Path.cwd(), run, tracked=tracked))
 
 
 def _launch(name: str, root: Path) -> None:
@@ -165,22 +170,22 @@ def _launch(name: str, root: Path) -> None:
     except UserError:
         return  # said by `execute`
     if processes > 1:
-        from lolcats_core.compute.distributed import (  # imports torch, which one process alone does later
-            threads,
-            torchrun,
-        )
+        # This imports torch, which a single process does later.
+        from lolcats_core.compute.distributed import threads, torchrun
 
         command = [sys.executable, *torchrun(processes), "-m", f"tasks.{name}"]
         os.execve(sys.executable, command, threads(processes))
 
 
 def _rank() -> int:
-    """This process's number among those that torchrun started; 0 alone."""
+    """This process's number among those that torchrun started; 0 for a single one."""
     return int(os.environ.get(RANK, "0"))
 
 
-class _NoRun:
-    """What the processes besides rank 0 log to."""
+class Untracked:
+    """Stands for the MLflow run of a stage that has none, and of the ranks other than 0."""
+
+    id, resumed = None, False
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         pass
@@ -194,59 +199,73 @@ class _NoRun:
     def log_dataset(self, *arguments: Any) -> None:
         pass
 
-
-def _follow(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) -> None:
-    """The part of a process besides rank 0, which does the work and writes nothing."""
-    from lolcats_core.compute import distributed
-    from lolcats_core.compute.device import seed_everything
-
-    params = load_params(root / "params.yaml")
-    seed_everything(params.seed)
-    quiet_progress_bars()
-    scratch = root / ".scratch" / name / scratch_key(name, root, params)
-    with tempfile.TemporaryDirectory(prefix="lolcats-") as out:
-        run(Stage(name, root, params, Path(out), scratch, _NoRun()))
-        distributed.finish()
+    def finish(self, status: str = "FINISHED", message: str | None = None) -> None:
+        pass
 
 
-def raise_terminated(signum: int, frame: object) -> None:
-    """Signal handler that turns SIGTERM into an exception, so that open runs and files are closed."""
-    raise Terminated
-
-
-def execute(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) -> int:
-    """Run one stage in `root` and return its exit code."""
-    do = _run_stage if _rank() == 0 else _follow
-    return guarded(lambda: do(run, name, root), name, root)
-
-
-def guarded(work: Callable[[], None], name: str, root: Path) -> int:
-    """Do a stage's work and return its exit code; a user's error is one line, printed and left for the flow."""
+def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = True) -> int:
+    """Run one stage in `root` and return its exit code; a user's error is one line, printed and left for the flow."""
     error_file = root / ".scratch" / name / ERROR
-    try:
-        with contextlib.suppress(OSError):
-            if _rank() == 0:
+
+    def work() -> None:
+        if _rank() == 0:
+            with contextlib.suppress(OSError):
                 error_file.unlink(missing_ok=True)
         _watch_ancestors()
-        work()
-    except UserError as error:
-        message = " ".join(str(error).split())
+        if _rank() == 0:
+            _run_stage(name, root, run, tracked)
+        else:
+            _run_worker_rank(name, root, run)
+
+    def on_error(message: str) -> None:
         if _rank() != 0:
-            return 1  # said by rank 0, which has met it as well
+            return  # rank 0 has met the error as well and says it
         with contextlib.suppress(OSError):
             write_text(error_file, message + "\n")
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-        return 1
-    except Terminated:
-        print(f"{name}: ended by SIGTERM; the same command continues from the last checkpoint", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+
+    return run_and_report(work, name, on_error)
 
 
-def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Path) -> None:
+def _run_worker_rank(name: str, root: Path, run: Work | None) -> None:
+    """Run the stage on a rank other than 0: it computes but writes and logs nothing."""
+    params = load_params(root / "params.yaml")
+    scratch = root / ".scratch" / name / scratch_key(name, root, params)
+    run = run or _imported(name)
+    _seed(params.seed)
+    with tempfile.TemporaryDirectory(prefix="lolcats-") as out:
+        run(Stage(name, root, params, Path(out), scratch, Untracked()))
+        _leave_group()
+
+
+def _imported(name: str) -> Work:
+    """`run` of the stage's module, whose imports take seconds."""
+    work: Work = importlib.import_module(f"tasks.{name}").run
+    return work
+
+
+def _computes() -> bool:
+    """Whether the stage has loaded torch; one that has not needs no seed and uses no GPU."""
+    return "torch" in sys.modules
+
+
+def _seed(seed: int) -> None:
+    if _computes():
+        from lolcats_core.compute.device import seed_everything
+
+        seed_everything(seed)
+        quiet_progress_bars()
+
+
+def _leave_group() -> None:
+    """Leave the processes that the stage joined, if any."""
+    if _computes():
+        from lolcats_core.compute import distributed
+
+        distributed.finish()
+
+
+def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
     params = load_params(root / "params.yaml")
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key
@@ -254,50 +273,52 @@ def _run_stage(run: Callable[[Stage], Mapping[str, float]], name: str, root: Pat
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{scratch} cannot be made: {error.strerror}; remove what is in its place") from None
-    from lolcats_core.compute import distributed
-    from lolcats_core.compute.device import seed_everything
-
-    seed_everything(params.seed)
-    quiet_progress_bars()
+    run = run or _imported(name)
+    _seed(params.seed)
     state = _read_state(scratch)
-    tracked = Run.start(root, name, params=params, resume=state.get("run_id"), tags=device_tags(), system_metrics=True)
-    if tracked.resumed:
-        logger.info("%s: continuing the run that was cut short (MLflow run %s)", name, tracked.id)
+    mlflow_run: Run | Untracked = Untracked()
+    if tracked:
+        tags = device_tags() if _computes() else {}
+        mlflow_run = Run.start(root, name, params=params, resume=state.get("run_id"), tags=tags, system_metrics=True)
+    if mlflow_run.resumed:
+        logger.info("%s: continuing the run that was cut short (MLflow run %s)", name, mlflow_run.id)
     earlier = float(state.get("seconds", 0.0))
-    write_json(scratch / STATE, {"run_id": tracked.id, "seconds": earlier})
+    write_json(scratch / STATE, {"run_id": mlflow_run.id, "seconds": earlier})
     started = time.monotonic()
     try:
         with _stage_output(root / "outputs" / name) as out:
-            stage = Stage(name, root, params, out, scratch, tracked)
+            stage = Stage(name, root, params, out, scratch, mlflow_run)
             metrics = finite(run(stage), name)
-            distributed.finish()
+            _leave_group()
             seconds = earlier + time.monotonic() - started
             metrics = {"seconds": seconds, **metrics, "stage_seconds": seconds, **_peaks()}
             write_json(out / "metrics.json", metrics)
-            write_json(out / "run.json", {"run_id": tracked.id, "stage": name, "key": key})
-        tracked.log_metrics({f"final/{k}": v for k, v in metrics.items()})
+            written_by = os.environ.get(REPRO_VARIABLE)
+            write_json(out / STATE, {"run_id": mlflow_run.id, "stage": name, "key": key, "repro": written_by})
+        mlflow_run.log_metrics({f"final/{k}": v for k, v in metrics.items()})
     except BaseException as error:
         with _signals_held():
             killed = isinstance(error, Terminated | KeyboardInterrupt)
             with contextlib.suppress(OSError):
                 spent = earlier + time.monotonic() - started
-                write_json(scratch / STATE, {"run_id": tracked.id, "seconds": spent})
-            tracked.finish("KILLED" if killed else "FAILED", None if killed else f"{first_line(error)}")
+                write_json(scratch / STATE, {"run_id": mlflow_run.id, "seconds": spent})
+            mlflow_run.finish("KILLED" if killed else "FAILED", None if killed else f"{first_line(error)}")
         raise
     with _signals_held():
-        tracked.finish()
+        mlflow_run.finish()
         shutil.rmtree(scratch.parent, ignore_errors=True)
     logger.info("%s: done in %.0f s", name, metrics["stage_seconds"])
 
 
 def _peaks() -> dict[str, float]:
     """Most memory that this process and, where there is one, its GPU held."""
-    import torch
-
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_memory_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
-    if torch.cuda.is_available():
-        peaks["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+    if _computes():
+        import torch
+
+        if torch.cuda.is_available():
+            peaks["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
     return peaks
 
 
@@ -349,4 +370,4 @@ def _watch_ancestors() -> None:
         with contextlib.suppress(psutil.Error):
             ancestors = psutil.Process().parents()
             watched += [p for p in ancestors if any(Path(part).name == "dvc" for part in p.cmdline()[:3])][:1]
-    end_with(watched)
+    exit_when_gone(watched)

@@ -1,16 +1,17 @@
-"""`lolcats compare A B`: two evaluated students beside each other, task by task on the same items."""
+"""`lolcats compare A B`: the measures of two evaluated students, with paired tests of their answers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
-from lolcats_common.errors import UserError
+from lolcats_common.files import read_json
+from lolcats_common.records import Evaluation, Measured
+from lolcats_common.tables import number
 from lolcats_core.evaluation.paired import paired_comparison
-from tasks.registry import register
+from tasks.registry.versions import version_files
 
 CURRENT = "current"
 
@@ -20,7 +21,7 @@ class Evaluated:
     """One side: its title, evaluation.json, and the folder of its sample logs."""
 
     title: str
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     samples: Path
 
 
@@ -29,7 +30,7 @@ def load(root: Path, name: str, which: str) -> Evaluated:
 
     Args:
         name: the registered model where `which` names none.
-        which: ``current``, a directory with evaluation.json, or a version as `registry.version_files` takes it.
+        which: ``current``, a directory with evaluation.json, or a version as `versions.version_files` takes it.
 
     Raises:
         UserError: there is no such version, or it was never evaluated.
@@ -39,26 +40,36 @@ def load(root: Path, name: str, which: str) -> Evaluated:
     elif Path(which).is_dir():
         title, folder = which, Path(which)
     else:
-        version, folder = register.version_files(root, name, which)
+        version, folder = version_files(root, name, which)
         title = f"{version.name} version {version.version}"
-    try:
-        evaluation = dict(json.loads((folder / "evaluation.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise UserError(f"{which}: no evaluation.json in {folder}; run `dvc repro evaluate`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'evaluation.json'} is damaged ({error})") from None
+    evaluation: Evaluation = read_json(folder / "evaluation.json", "run `dvc repro evaluate`")
     return Evaluated(title, evaluation, folder / "samples")
 
 
-def compare(first: Evaluated, second: Evaluated) -> dict[str, Any]:
-    """Everything that both were measured on.
+class Row(TypedDict):
+    """One measure of both students; what needs paired items is not required."""
 
-    Returns:
-        ``rows``: one mapping per measure with ``measure``, ``first``, ``second`` and where items can be paired
-        ``difference`` (second - first), ``interval`` and ``p_value``; ``notes``: what could not be compared, and why.
-    """
+    measure: str
+    first: float
+    second: float
+    difference: NotRequired[float]
+    interval: NotRequired[list[float] | None]
+    p_value: NotRequired[float]
+
+
+class Compared(TypedDict):
+    """Both titles, the common measures, and what could not be compared, with the reason."""
+
+    first: str
+    second: str
+    rows: list[Row]
+    notes: list[str]
+
+
+def compare(first: Evaluated, second: Evaluated) -> Compared:
+    """Everything that both were measured on; ``difference`` is second - first."""
     a, b = first.evaluation, second.evaluation
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     notes: list[str] = []
     for step in ("teacher", "transferred", "finetuned"):
         if step in a["perplexity"] and step in b["perplexity"]:
@@ -66,32 +77,40 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Any]:
             rows.append({"measure": label, "first": a["perplexity"][step], "second": b["perplexity"][step]})
     if a.get("perplexity_tokens") != b.get("perplexity_tokens"):
         notes.append("perplexity was measured on different numbers of tokens")
-    gaps = _students(a["recall"]).keys() & _students(b["recall"]).keys()
-    for gap in sorted(gaps, key=int):
-        before, after = (_students(x["recall"])[gap]["value"] for x in (a, b))
-        rows.append({"measure": f"copying recall at gap {gap}", "first": before, "second": after})
+    before, after = (evaluation["recall"].get("finetuned") or {} for evaluation in (a, b))
+    for gap in sorted(before.keys() & after.keys(), key=int):
+        label = f"copying recall at gap {gap}"
+        rows.append({"measure": label, "first": before[gap]["value"], "second": after[gap]["value"]})
     for task in sorted(a["tasks"].keys() & b["tasks"].keys()):
         rows.append(_task(task, first, second, notes))
     for side, other in ((first, second), (second, first)):
         missing = sorted(side.evaluation["tasks"].keys() - other.evaluation["tasks"].keys())
         notes += [f"{task}: not measured on {other.title}" for task in missing]
-    for section, names in (("generation", ("exact_prefix", "token_f1")), ("audit", ("linear_off", "window_off"))):
-        for name in names:
-            values = [x.get(section, {}).get(name) for x in (a, b)]
-            if None not in values:
-                first_value, second_value = (v["value"] if isinstance(v, Mapping) else v for v in values)
-                label = f"{section}, {name.replace('_', ' ')}"
-                rows.append({"measure": label, "first": first_value, "second": second_value})
+    values = [_generation_and_audit(evaluation) for evaluation in (a, b)]
+    for label, value in values[0].items():
+        other_value = values[1][label]
+        if value is not None and other_value is not None:
+            rows.append({"measure": label, "first": value, "second": other_value})
     return {"first": first.title, "second": second.title, "rows": rows, "notes": notes}
 
 
-def _students(recall: Mapping[str, Any]) -> Mapping[str, Any]:
-    return recall.get("finetuned") or {}
+def _generation_and_audit(evaluation: Evaluation) -> dict[str, float | None]:
+    generation, audit = evaluation.get("generation", {}), evaluation.get("audit", {})
+    return {
+        "generation, exact prefix": _value(generation.get("exact_prefix")),
+        "generation, token f1": _value(generation.get("token_f1")),
+        "audit, linear off": audit.get("linear_off"),
+        "audit, window off": audit.get("window_off"),
+    }
 
 
-def _task(task: str, first: Evaluated, second: Evaluated, notes: list[str]) -> dict[str, Any]:
+def _value(result: Measured | None) -> float | None:
+    return None if result is None else result["value"]
+
+
+def _task(task: str, first: Evaluated, second: Evaluated, notes: list[str]) -> Row:
     a, b = first.evaluation["tasks"][task], second.evaluation["tasks"][task]
-    row = {
+    row: Row = {
         "measure": f"{task} ({a['metric']})",
         "first": a["finetuned"]["value"],
         "second": b["finetuned"]["value"],
@@ -107,7 +126,10 @@ def _task(task: str, first: Evaluated, second: Evaluated, notes: list[str]) -> d
         notes.append(f"{task}: no sample log with a score per item on both sides")
         return row
     paired = paired_comparison(scores[0], scores[1])
-    return {**row, **{key: paired[key] for key in ("difference", "interval", "p_value") if key in paired}}
+    row["difference"], row["interval"] = paired["difference"], paired["interval"]
+    if "p_value" in paired:
+        row["p_value"] = paired["p_value"]
+    return row
 
 
 def _scores(path: Path) -> list[float]:
@@ -118,7 +140,7 @@ def _scores(path: Path) -> list[float]:
     return [] if None in values else values
 
 
-def show(compared: Mapping[str, Any]) -> None:
+def show(compared: Compared) -> None:
     """Print the comparison to standard output."""
     import sys
 
@@ -132,13 +154,14 @@ def show(compared: Mapping[str, Any]) -> None:
     for column in (f"A: {compared['first']}", f"B: {compared['second']}", "B - A", "95 %", "McNemar p"):
         shown.add_column(column, justify="right")
     for row in compared["rows"]:
-        low, high = row.get("interval", (None, None))
+        bounds = row.get("interval")
         shown.add_row(
             row["measure"],
-            *(f"{row[side]:.4g}" for side in ("first", "second")),
+            number(row["first"]),
+            number(row["second"]),
             f"{row.get('difference', row['second'] - row['first']):+.3g}",
-            "" if low is None else f"{low:+.3g} … {high:+.3g}",
-            "" if "p_value" not in row else f"{row['p_value']:.3g}",
+            f"{bounds[0]:+.3g} … {bounds[1]:+.3g}" if bounds else "",
+            f"{row['p_value']:.3g}" if "p_value" in row else "",
         )
     console.print(shown)
     for note in compared["notes"]:

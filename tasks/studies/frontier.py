@@ -7,8 +7,8 @@ Finished points are kept, so the same command continues a killed one.
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,12 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file, write_json, write_text
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params
-from lolcats_core.compute.device import resolve_device, resolve_dtype
-from lolcats_core.data.rows import TokenRows
-from lolcats_core.evaluation.recall import special_ids
-from lolcats_core.experiments.recipes import Bench, Measures, Recipe, budgets, exclude_ids, run
-from lolcats_core.teacher.pin import Teacher
+from lolcats_common.tables import markdown_table, number
+from lolcats_core.experiments.study import EvalSettings
+from lolcats_core.experiments.trials import Trial, cache_budgets, run_trials
 from lolcats_core.training.selection import budget_count
-from tasks.runner.logs import quiet_progress_bars
-from tasks.versioning import dvc_graph
+from tasks.studies.project import open_study
 
-logger = logging.getLogger(__name__)
-NEEDED = ("teacher", "prepare")
 REPORT = Path("reports") / "frontier"
 RATIOS = (0.0, 0.1, 0.25, 0.5)
 
@@ -52,19 +47,12 @@ def frontier(
         store: checkout that receives the reports; `root` by default.
 
     Raises:
-        UserError: a stage failed, a ratio does not fit the teacher, or training diverged.
+        UserError: a stage failed, or a ratio does not fit the teacher.
     """
     if not ratios or not all(0 <= ratio < 1 for ratio in ratios):
         raise UserError(f"`--ratio` must lie in [0, 1), got {', '.join(map(str, ratios)) or 'none'}")
-    for stage in NEEDED:
-        dvc_graph.repro(stage, root, environment)
-    quiet_progress_bars()
-    store, outputs = store or root, root / "outputs"
-    source = Teacher.open(outputs / "teacher")
-    tokenizer = source.tokenizer()
-    device, dtype = resolve_device(params.compute.device), resolve_dtype(params.compute.precision)
-    teacher = source.load(dtype, device)
-    measures = Measures(
+    store = store or root
+    settings = EvalSettings(
         batch_size=params.evaluate.batch_size,
         perplexity_rows=params.evaluate.max_perplexity_rows or 64,
         recall_gaps=params.evaluate.recall_gaps,
@@ -73,22 +61,16 @@ def frontier(
         generation_tokens=params.evaluate.generation_tokens,
         audit_rows=params.evaluate.audit_rows,
     )
-    folder = root / ".scratch" / "frontier"
-    folder.mkdir(parents=True, exist_ok=True)
-    train, validation = (TokenRows.open(outputs / "prepare" / name) for name in ("train", "validation"))
-    bench = Bench(teacher, train, validation, measures, folder, exclude_ids(teacher.config, special_ids(tokenizer)))
-    points = budgets(Recipe("", params), ratios)
+    study = open_study(root, params, settings, environment)
+    base = Trial.of("", params)
+    points = cache_budgets(base if finetune else dataclasses.replace(base, finetune=None), ratios)
     for point in points:  # before anything is trained
-        budget_count(point.params.select, point.params.linearize, teacher.config)
-    rows = []
-    for number, point in enumerate(points, 1):
-        logger.info("point %d of %d: cache ratio %s", number, len(points), point.name)
-        rows.append(run(point, bench, params.seed, finetune=finetune))
+        budget_count(point.select, point.linearize, study.teacher.config)
     report = {
-        "teacher": {"source": params.teacher.source, **bench.teacher_row},
+        "teacher": {"source": params.teacher.source, **study.teacher_row},
         "criterion": params.select.criterion,
-        "measures": dataclasses.asdict(measures),
-        "points": rows,
+        "measures": dataclasses.asdict(settings),
+        "points": run_trials(points, study),
         "hardware": device_tags(),
         "versions": versions(),
     }
@@ -104,28 +86,22 @@ def markdown(report: Mapping[str, Any]) -> str:
     teacher, steps = report["teacher"], _steps(report)
     gaps = list(teacher["recall"])
     titles = [f"PPL / teacher, {step}" for step in steps] + [f"recall {gap}, {step}" for step in steps for gap in gaps]
-    lines = [
-        f"Teacher: {teacher['source']}, perplexity {teacher['perplexity']:.4g}, recall "
-        f"{', '.join(f'{gap}: {value:.3f}' for gap, value in teacher['recall'].items())}. Softmax kept by "
-        f"{report['criterion'].replace('_', ' ')}.",
-        "",
-        f"| kv cache kept | softmax in | {' | '.join(titles)} |",
-        "|" + "---|" * (2 + len(titles)),
-    ]
+    recalls = ", ".join(f"{gap}: {value:.3f}" for gap, value in teacher["recall"].items())
+    head = f"Teacher: {teacher['source']}, perplexity {number(teacher['perplexity'])}, recall {recalls}. "
+    head += f"Softmax kept by {report['criterion'].replace('_', ' ')}."
+    rows = []
     for point in report["points"]:
-        cells = [_number(point[step]["perplexity"], teacher["perplexity"]) for step in steps]
-        cells += [f"{point[step]['recall'][gap]:.3f}" for step in steps for gap in gaps]
+        measured = [point[step] for step in steps]
+        cells = ["diverged" if m is None else f"{m['perplexity'] / teacher['perplexity']:.4f}" for m in measured]
+        cells += ["diverged" if m is None else f"{m['recall'][gap]:.3f}" for m in measured for gap in gaps]
         kept = point["selection"]
-        lines.append(f"| {kept['cache_ratio']:.1%} | {_kept(kept['linearize'])} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        chosen = ["-", "-"] if kept is None else [f"{kept['cache_ratio']:.1%}", _kept(kept["linearize"])]
+        rows.append(chosen + cells)
+    return f"{head}\n\n{markdown_table(('kv cache kept', 'softmax in', *titles), rows)}\n"
 
 
 def _steps(report: Mapping[str, Any]) -> list[str]:
     return [step for step in ("transferred", "finetuned") if step in report["points"][0]]
-
-
-def _number(value: float | None, teacher: float) -> str:
-    return "diverged" if value is None else f"{value / teacher:.4f}"
 
 
 def _kept(settings: Mapping[str, Any]) -> str:
@@ -139,15 +115,15 @@ def figure(report: Mapping[str, Any]) -> Figure:
     """Perplexity over the teacher's, and recall, against the share of the kv cache that is kept."""
     drawn = Figure(figsize=(9, 4), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    teacher, points = report["teacher"], report["points"]
-    x = [point["selection"]["cache_ratio"] for point in points]
-    for step in _steps(report):
-        losses = [point[step]["perplexity"] for point in points]
-        y = [float("nan") if value is None else value / teacher["perplexity"] for value in losses]
-        left.plot(x, y, "o-", label=step)
+    teacher, steps = report["teacher"], _steps(report)
+    for step in steps:
+        left.plot(*_curve(report, step, lambda m: m["perplexity"] / teacher["perplexity"]), "o-", label=step)
     for gap, value in teacher["recall"].items():
-        recalls = [point[_steps(report)[-1]]["recall"][gap] for point in points]
-        (line,) = right.plot(x, recalls, "o-", label=f"gap {gap}")
+
+        def recall(measured: Mapping[str, Any], gap: str = gap) -> float:
+            return float(measured["recall"][gap])
+
+        (line,) = right.plot(*_curve(report, steps[-1], recall), "o-", label=f"gap {gap}")
         right.axhline(value, linestyle=":", color=line.get_color())
     left.axhline(1.0, linestyle=":", color="grey")
     left.set(xlabel="share of the kv cache kept", ylabel="perplexity / teacher", title="Perplexity")
@@ -156,3 +132,12 @@ def figure(report: Mapping[str, Any]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend()
     return drawn
+
+
+def _curve(
+    report: Mapping[str, Any], step: str, value: Callable[[Mapping[str, Any]], float]
+) -> tuple[list[float], list[float]]:
+    """Cache ratios and values of a step's measurements; NaN, a gap in the line, where a point diverged."""
+    points = report["points"]
+    x = [math.nan if point["selection"] is None else point["selection"]["cache_ratio"] for point in points]
+    return x, [math.nan if point[step] is None else value(point[step]) for point in points]

@@ -17,22 +17,26 @@ import subprocess
 import sys
 import termios
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import read_yaml
 from tasks.runner.processes import GRACE_SECONDS, end_group
+from tasks.runner.stage import ERROR, FLOW_VARIABLE, REPRO_VARIABLE, STATE
 
 logger = logging.getLogger(__name__)
 State = Literal["ran", "restored", "unchanged"]
 LOCK_RETRIES = 10
 LOCK_WAIT_SECONDS = 3.0
+# A lock that another DVC holds is known by its message alone: the exit code is that of any other error.
 _BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "failed to lock")
+# For display only.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NOISE = re.compile(
     r"^(\s*|To track the changes with git, run:|\s*git add .*|To enable auto staging, run:"
@@ -47,7 +51,7 @@ class StageFailed(UserError):
 
 @dataclass(frozen=True)
 class Reproduced:
-    """What became of one stage. `restored`: taken from DVC's run cache. `seconds`: wall clock of this time."""
+    """What became of one stage. `restored`: DVC took it from its cache. `seconds`: wall clock of this time."""
 
     stage: str
     state: State
@@ -61,7 +65,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         **os.environ,
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
         "DVC_NO_ANALYTICS": "1",
-        "LOLCATS_FLOW_PID": str(os.getpid()),
+        FLOW_VARIABLE: str(os.getpid()),
         "SHELL": "/bin/sh",
         **(extra or {}),
     }
@@ -201,42 +205,53 @@ def repro(
         StageFailed: the stage failed.
     """
     started = time.monotonic()
-    error_file = root / ".scratch" / stage / "error.txt"
+    error_file = root / ".scratch" / stage / ERROR
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
     if _reads_outside(root, stage):
         command.append("--force")
     for attempt in range(LOCK_RETRIES):
         error_file.unlink(missing_ok=True)
         repair(root)
-        code, tail = _stream(command, root, environment(env), on_line, grace)
+        before, call = _result(root, stage), uuid.uuid4().hex
+        code, told = _stream(command, root, {**environment(env), REPRO_VARIABLE: call}, on_line, grace)
         if code == 0:
-            return Reproduced(stage, _state(tail, stage), time.monotonic() - started)
-        if not any(sign in tail for sign in _BUSY) or attempt == LOCK_RETRIES - 1:
+            return Reproduced(stage, _state(before, _result(root, stage), call), time.monotonic() - started)
+        if not any(sign in told for sign in _BUSY) or attempt == LOCK_RETRIES - 1:
             break
         logger.info("DVC is busy in another process, waiting (%d of %d)", attempt + 1, LOCK_RETRIES)
         time.sleep(LOCK_WAIT_SECONDS)
     with contextlib.suppress(OSError):
         raise StageFailed(f"{stage}: {error_file.read_text(encoding='utf-8').strip()}")
-    errors = [line for line in tail.splitlines() if line.startswith("ERROR:")]
+    errors = [line for line in told.splitlines() if line.startswith("ERROR:")]
     reason = errors[0].removeprefix("ERROR: ") if errors else f"exit code {code}"
     raise StageFailed(f"{stage}: {reason}; its output above says more")
 
 
-def _state(output: str, stage: str) -> State:
-    if f"Running stage '{stage}'" in output:
+def _result(root: Path, stage: str) -> tuple[dict[str, Any] | None, Any]:
+    """The stage's run.json, which its harness writes, and its entry in dvc.lock; each None where missing."""
+    written: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        written = dict(json.loads((root / "outputs" / stage / STATE).read_text(encoding="utf-8")))
+    lock = root / "dvc.lock"
+    return written, (read_yaml(lock).get("stages") or {}).get(stage) if lock.is_file() else None
+
+
+def _state(before: tuple[Any, Any], after: tuple[Any, Any], call: str) -> State:
+    """What a `dvc repro` that ended well did, by the results before and after it."""
+    if after[0] is not None and after[0].get("repro") == call:
         return "ran"
-    return "restored" if f"Stage '{stage}' is cached" in output else "unchanged"
+    return "unchanged" if before == after else "restored"
 
 
 def _stream(
     command: list[str], root: Path, env: dict[str, str], on_line: Callable[[str], None] | None, grace: float
 ) -> tuple[int, str]:
-    """Run `command` in a new session; returns the exit code and what DVC itself and the stage wrote last."""
+    """Run `command` in a new session; returns the exit code and DVC's own errors."""
     terminal = on_line is None and sys.stdout.isatty() and sys.stderr.isatty()
     reader, writer = pty.openpty() if terminal else os.pipe()
     if terminal:
         _copy_window_size(writer)
-    seen = _Seen(on_line, terminal)
+    output = OutputFilter(on_line, terminal)
     process = None
     try:
         try:
@@ -252,8 +267,8 @@ def _stream(
         finally:
             os.close(writer)
         while chunk := _read(reader, process):
-            seen.take(chunk)
-        return process.wait(), seen.finish()
+            output.take(chunk)
+        return process.wait(), output.finish()
     except BaseException:
         if process is not None:
             end_group(process, grace)
@@ -275,17 +290,18 @@ def _read(reader: int, process: subprocess.Popen[bytes]) -> bytes:
             return b""
 
 
-class _Seen:
-    """Passes output on, and keeps DVC's own lines and the newest text."""
+class OutputFilter:
+    """Passes a command's output on without DVC's hints, and keeps DVC's errors."""
 
     def __init__(self, on_line: Callable[[str], None] | None, terminal: bool) -> None:
         self.on_line = on_line or (lambda line: print(line, flush=True))
         self.terminal = terminal
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.rest = ""
-        self.kept: list[str] = []
+        self.errors: list[str] = []
 
     def take(self, chunk: bytes) -> None:
+        """Pass the next piece of output on."""
         text = self.decoder.decode(chunk)
         if self.terminal:
             sys.stdout.write(text)
@@ -297,15 +313,16 @@ class _Seen:
 
     def _line(self, line: str) -> None:
         plain = _ANSI.sub("", line).rpartition("\r")[2]
-        if plain.startswith(("Running stage", "Stage '", "ERROR:")) or any(sign in plain for sign in _BUSY):
-            self.kept.append(plain)
+        if plain.startswith("ERROR:") or any(sign in plain for sign in _BUSY):
+            self.errors.append(plain)
         if not self.terminal and not _NOISE.match(plain):
             self.on_line(plain)
 
     def finish(self) -> str:
+        """Pass the last line on; DVC's errors, a line each."""
         if self.rest:
             self._line(self.rest)
-        return "\n".join(self.kept)
+        return "\n".join(self.errors)
 
 
 def _copy_window_size(target: int) -> None:

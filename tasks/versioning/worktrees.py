@@ -18,7 +18,7 @@ import yaml
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_text
-from lolcats_common.params import Params, apply_overrides, params_from_dict, read_preset, read_yaml
+from lolcats_common.params import Params, apply_overrides, load_params, params_from_dict, read_preset, read_yaml
 from tasks.runner.git import git, git_state, identity
 from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
@@ -29,10 +29,10 @@ SOURCES_VARIABLE = "LOLCATS_SOURCES"
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A worktree with its parameters. `environment`: what its stages need in addition."""
+class Worktree:
+    """Where a run works. `name`: its DVC experiment's, None in the main checkout. `environment`: for its stages."""
 
-    name: str
+    name: str | None
     root: Path
     params: Params
     environment: dict[str, str]
@@ -47,13 +47,13 @@ def overrides(preset: str | None, values: Mapping[str, Any] | None) -> dict[str,
     return apply_overrides(read_preset(preset) if preset else {}, dict(values or {}))
 
 
-def overridden(root: Path, base: dict[str, Any], chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Params]:
-    """`base` with the overrides, as plain values and checked; local paths are taken from `root` and made absolute.
+def overridden(root: Path, base: dict[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], Params]:
+    """`base` with `values` laid over it, plain and checked; local paths are taken from `root` and made absolute.
 
     Raises:
         ParamsError: a key is unknown, ill-typed or out of range.
     """
-    merged = apply_overrides(base, dict(chosen))
+    merged = apply_overrides(base, dict(values))
     params = params_from_dict(merged, source="params.yaml with the overrides")
     for section, source in (("teacher", params.teacher.source), ("data", params.data.source)):
         merged.setdefault(section, {})["source"] = _absolute(root, source)
@@ -68,8 +68,8 @@ def _absolute(root: Path, source: str) -> str:
     return os.path.normpath(root / source) if local else source
 
 
-def confine(root: Path, values: Mapping[str, Any] | None) -> None:
-    """Hold what a run that somebody started over Prefect's API overrides against what this machine's owner allows.
+def check_allowed_sources(root: Path, values: Mapping[str, Any] | None) -> None:
+    """Refuse overrides of a run started over Prefect's API that read more than this machine's owner allows.
 
     Files are read from the project and from the directories that `LOLCATS_SOURCES` names (joined by ``:``); a teacher's
     own code runs only where params.yaml trusts it.
@@ -77,16 +77,16 @@ def confine(root: Path, values: Mapping[str, Any] | None) -> None:
     Raises:
         UserError: an override asks for more.
     """
-    chosen = apply_overrides({}, dict(values or {}))
+    nested = apply_overrides({}, dict(values or {}))
     allowed = [root, *(Path(place) for place in os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep) if place)]
     for section, key in (("teacher", "source"), ("data", "source"), ("relinearize", "drift_source")):
-        source = chosen.get(section, {}).get(key)
+        source = nested.get(section, {}).get(key)
         if source is not None:
             path = (root / str(source)).resolve()
             if not any(path.is_relative_to(place.resolve()) for place in allowed):
                 raise UserError(f"`{section}.{key}` leads out of the project and of {SOURCES_VARIABLE}: {source}")
     own = read_yaml(root / "params.yaml").get("teacher", {})
-    teacher = {**own, **chosen.get("teacher", {})}
+    teacher = {**own, **nested.get("teacher", {})}
     trusted = own.get("trust_remote_code") and teacher.get("source") == own.get("source")
     if teacher.get("trust_remote_code") and not trusted:
         raise UserError(
@@ -94,27 +94,38 @@ def confine(root: Path, values: Mapping[str, Any] | None) -> None:
         )
 
 
-def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Experiment:
-    """Make, or bring back, the worktree for these overrides; `name` instead of one made of them.
+def workplace(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> Worktree:
+    """Where a run with these overrides works: without any in the checkout itself, otherwise in a worktree of its own.
+
+    Raises:
+        UserError: the parameters are wrong, or overrides need a git checkout with a commit.
+    """
+    if preset or values:
+        return prepare(root, preset, values)
+    return Worktree(None, root, load_params(root / "params.yaml"), {})
+
+
+def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Worktree:
+    """Make the worktree for these overrides, or bring it back; `name` replaces the one made of them.
 
     Raises:
         UserError: the overrides are wrong, or the project is no git checkout with a commit.
     """
-    chosen = overrides(preset, values)
-    overridden(root, read_yaml(root / "params.yaml"), chosen)
+    laid_over = overrides(preset, values)
+    overridden(root, read_yaml(root / "params.yaml"), laid_over)
     commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
     if dirty:
         logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
-    name = (name or f"{preset or 'set'}-{sha256_json(chosen)[:8]}").replace("_", "-")
-    worktree = root / ".worktrees" / name
-    _checkout(root, worktree, commit)
-    head = yaml.safe_load(git(worktree, "show", "HEAD:params.yaml"))
-    merged, params = overridden(root, head, chosen)
-    write_text(worktree / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
-    _share_cache(root, worktree)
-    return Experiment(name, worktree, params, _environment(root, worktree))
+    name = (name or f"{preset or 'set'}-{sha256_json(laid_over)[:8]}").replace("_", "-")
+    folder = root / ".worktrees" / name
+    _checkout(root, folder, commit)
+    head = yaml.safe_load(git(folder, "show", "HEAD:params.yaml"))
+    merged, params = overridden(root, head, laid_over)
+    write_text(folder / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
+    _share_cache(root, folder)
+    return Worktree(name, folder, params, _environment(root, folder))
 
 
 def _checkout(root: Path, worktree: Path, commit: str) -> None:
@@ -156,8 +167,8 @@ def _environment(root: Path, worktree: Path) -> dict[str, str]:
     }
 
 
-def save(experiment: Experiment) -> None:
-    """Save the worktree's result as a DVC experiment of its commit; a newer result replaces an older one."""
-    dvc_graph.run_dvc(
-        experiment.root, "exp", "save", "--force", "--name", experiment.name, env=identity(experiment.root)
-    )
+def save(worktree: Worktree) -> None:
+    """Save a worktree's result as a DVC experiment of its commit; a newer result replaces an older one."""
+    if worktree.name:
+        env = identity(worktree.root)
+        dvc_graph.run_dvc(worktree.root, "exp", "save", "--force", "--name", worktree.name, env=env)

@@ -6,8 +6,10 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from benchmarks.case import Case, beside_plan, held_against_plan, launch
 from benchmarks.random_weights import SHAPES, Repeated, write_random
 from benchmarks.scale import check_streamed, run_case
 from lolcats_core.estimation.cost import plan
+from tests.tasks.processes import LAST_RESORT
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,10 +97,42 @@ def test_a_row_is_held_against_the_plan_where_it_has_both() -> None:
 
 
 def test_a_case_that_fails_or_takes_too_long_is_a_row_that_says_so(tmp_path: Path) -> None:
-    broken = launch("benchmarks.scale", "joint_8b", ["--device", "cuda:7"], work=tmp_path, limit=60)
+    broken = launch("benchmarks.scale", "joint_8b", ["--device", "cuda:7"], work=tmp_path, limit=LAST_RESORT)
     assert "this machine has" in broken["failed"]
     late = launch("benchmarks.scale", "joint_8b", [], work=tmp_path, limit=0.2)
     assert late == {"case": "joint_8b", "gpus": 1, "failed": "not done within 0.2 s"}
+
+
+def test_every_case_gets_the_command_line_and_what_is_left_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[Any, ...]] = []
+
+    def fake(module: str, name: str, arguments: list[str], **options: Any) -> dict[str, Any]:
+        launched.append((module, name, arguments, options["gpus"], options["limit"] <= 50))
+        return {"case": name}
+
+    monkeypatch.setattr(cases, "launch", fake)
+    parser = cases.case_parser("", ("a", "b"), total=100.0)
+    parser.add_argument("--rows", type=int)
+    given = parser.parse_args(["--tiny", "--layers", "2", "--device", "cpu", "--rows", "3"])
+    jobs: list[cases.Job] = [("a", 1, []), ("b", 2, ["--dies"])]
+    with cases.workspace(given, "test-"):
+        folder = given.work
+        assert folder.is_dir()
+        assert list(cases.run_cases("m", jobs, given, ["rows"], time.perf_counter() - 50)) == [
+            {"case": "a"},
+            {"case": "b"},
+        ]
+        late = list(cases.run_cases("m", jobs, given, ["rows"], time.perf_counter() - 100))
+    assert not folder.exists()
+    shared = ["--tiny", "--layers", "2", "--length", "1024", "--device", "cpu", "--rows", "3"]
+    assert launched == [("m", "a", shared, 1, True), ("m", "b", [*shared, "--dies"], 2, True)]
+    assert [row["failed"] for row in late] == ["no time left"] * 2
+    given.work = tmp_path / "named"
+    with cases.workspace(given, "test-"):
+        pass
+    assert given.work.is_dir()
 
 
 def test_curves_are_compared_step_by_step() -> None:

@@ -17,7 +17,8 @@ from lolcats_core.compute import distributed
 from lolcats_core.export.delta import fingerprint
 from lolcats_core.export.merging import base_fingerprint, save_merged
 from lolcats_core.model.modeling import named_map_parameters
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.layerwise import LayerwiseModel
+from lolcats_core.streaming.student import load_student
 from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.training.attention_transfer import attention_transfer
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
@@ -61,15 +62,11 @@ def main(work: Path, dies_in: str = "") -> None:
     joint = attention_transfer(student, rows, validation, TRANSFER, scratch=work / "joint", log=log_of("joint"))
     transferred = {name: p.detach().clone() for name, p in named_map_parameters(student).items()}
     maps, streamed, _ = streamed_attention_transfer(
-        folder,
-        config,
-        SETTINGS,
+        LayerwiseModel.open(folder, config, settings=SETTINGS, device=device, dtype=torch.float32),
         rows,
         validation,
         TRANSFER,
         scratch=work / "streamed",
-        device=device,
-        dtype=torch.float32,
         log=log_of("streamed"),
         block_bytes=6 * 40 * 32 * 4,
     )

@@ -14,7 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.model.modeling import FAMILIES, linearize, named_map_parameters
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.modeling import linearize, named_map_parameters
 
 VOCAB = 97
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
@@ -34,7 +35,7 @@ def tiny_teacher(family: str = "llama", seed: int = 0, dtype: torch.dtype = torc
 
     Gemma's middle layer is local, with a window of 12 tokens.
     """
-    config_class, model_class = FAMILIES[family]
+    config_class, model_class = FAMILIES[family].resolve()
     values = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

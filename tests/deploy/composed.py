@@ -149,7 +149,7 @@ def _postgres(composed: Composition) -> Iterator[None]:
                 [*command, "-c", "fsync=off"], cwd=home, stdout=log, stderr=log, start_new_session=True, **other
             )
         try:
-            wait_for(lambda: _listens(port), "Postgres", lambda: composed.log() if server.poll() is not None else "")
+            wait_for(lambda: _accepts(composed), "Postgres", lambda: "" if server.poll() is None else composed.log())
             with contextlib.closing(connection(composed, "postgres")) as database:
                 database.autocommit = True
                 for line in (ROOT / "deploy" / "postgres-databases.sql").read_text().splitlines():
@@ -158,6 +158,13 @@ def _postgres(composed: Composition) -> Iterator[None]:
             yield
         finally:
             end_group(server, 10)
+
+
+def _accepts(composed: Composition) -> bool:
+    """Whether Postgres takes connections; it listens before it does, and says that it is starting up."""
+    with contextlib.suppress(psycopg2.OperationalError), contextlib.closing(connection(composed, "postgres")):
+        return True
+    return False
 
 
 def connection(composed: Composition, database: str) -> Any:

@@ -74,9 +74,9 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
         uri = f"http://127.0.0.1:{composed.ports['mlflow']}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        from tasks.registry import register
+        from tasks.registry.versions import stored_model
 
-        with register.stored_model(client, client.get_model_version(NAME, "1")) as model:
+        with stored_model(client, client.get_model_version(NAME, "1")) as model:
             assert sha256_tree(model / "artifacts" / "model") == sha256_tree(fake_project / "outputs/finetune/model")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{address}/mlflow?list-type=2")

@@ -28,8 +28,8 @@ import yaml
 from lolcats_common.files import sha256_file, sha256_tree
 from lolcats_common.params import apply_overrides
 from tasks.operations.services import SERVICES
-from tasks.registry import register
-from tasks.registry.promotion import CHAMPION, PREVIOUS, alias_version
+from tasks.registry.promotion import CHAMPION, PREVIOUS
+from tasks.registry.versions import COMPLETE, alias_version, check_bytes, stored_model
 from tasks.runner.mlflow_run import connect
 from tests.conftest import forget_store, make_fake_project, run_git
 from tests.e2e.test_pipeline import make_project
@@ -138,8 +138,8 @@ class Campaign:
         for alias in (CHAMPION, PREVIOUS, "challenger", "candidate"):
             version = alias_version(client, self.project.name, alias)
             if version is not None:
-                with register.stored_model(client, version) as stored:
-                    register.check_bytes(version, stored)
+                with stored_model(client, version) as stored:
+                    check_bytes(version, stored)
             elif alias == CHAMPION:
                 assert not self.had_champion, "the champion is lost"
         self.had_champion = self.had_champion or alias_version(client, self.project.name, CHAMPION) is not None
@@ -153,11 +153,11 @@ class Campaign:
         client = connect(self.project.root)
         versions = client.search_model_versions(f"name = '{self.project.name}'", max_results=1000)
         assert len(versions) == self.texts, [version.version for version in versions]
-        assert all(version.tags[register.COMPLETE] == "complete" for version in versions)
+        assert all(version.tags[COMPLETE] == "complete" for version in versions)
         assert all("lock.branch" in version.tags for version in versions)
         worktree = self.project.root / ".worktrees" / "relinearize"
         assert self.project.current(worktree), "the last result is not that of the present text"
-        with register.stored_model(client, client.get_model_version_by_alias(self.project.name, CHAMPION)) as stored:
+        with stored_model(client, client.get_model_version_by_alias(self.project.name, CHAMPION)) as stored:
             served = sha256_tree(stored / "artifacts" / "model")
         assert served == sha256_tree(worktree / "outputs" / "finetune" / "model")
         forget_store()

@@ -19,25 +19,9 @@ from typing import Any
 from unittest import mock
 
 from tasks.operations import services
-from tests.conftest import ROOT, run_git
+from tests.conftest import ROOT, fake_dvc, run_git
 from tests.tasks.processes import wait_for
 
-OPERATED_DVC = """stages:
-  inputs:
-    cmd: mkdir -p outputs/inputs && cp {data} outputs/inputs/data.txt && echo {{}} > outputs/inputs/metrics.json
-    outs: [outputs/inputs]
-    meta: {{outside: true}}
-  finetune:
-    cmd: python stages/fake.py finetune
-    deps: [stages/fake.py, outputs/inputs/data.txt]
-    params: [finetune]
-    outs: [outputs/finetune]
-  evaluate:
-    cmd: python stages/fake.py evaluate
-    deps: [outputs/finetune/model]
-    params: [evaluate]
-    outs: [outputs/evaluate]
-"""
 # Real servers, but no waiting for the next round of a loop.
 QUICK = {
     "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "3",
@@ -51,7 +35,11 @@ def operate(project: Path) -> Path:
     """Make `project` depend on data.txt beside it, which holds the perplexity that its student gets; that file."""
     data = project.parent / "data.txt"
     data.write_text("12.0")
-    (project / "dvc.yaml").write_text(OPERATED_DVC.format(data=data))
+    copy = f"mkdir -p outputs/inputs && cp {data} outputs/inputs/data.txt && echo {{}} > outputs/inputs/metrics.json"
+    outside = {"cmd": copy, "meta": {"outside": True}}
+    finetune = {"deps": ["stages/fake.py", "outputs/inputs/data.txt"]}
+    dvc = fake_dvc("inputs", "finetune", "evaluate", inputs=outside, finetune=finetune)
+    (project / "dvc.yaml").write_text(dvc)
     run_git(project, "commit", "--all", "--quiet", "--message", "operated")
     return data
 

@@ -18,33 +18,17 @@ import yaml
 from flows import delivery
 from flows.linearize import stage_tasks
 from tasks.runner.mlflow_run import close_abandoned, connect, experiment_id
-from tests.conftest import hold, run_git
+from tests.conftest import fake_dvc, hold, run_git
 from tests.tasks.processes import LAST_RESORT, processes_in, start, wait_for, wait_for_text
 
 ROOT = Path(__file__).parents[2]
-SHORT_DVC = """stages:
-  teacher:
-    cmd: python stages/fake.py teacher
-    deps: [stages/fake.py]
-    params: [seed, teacher]
-    outs: [outputs/teacher]
-  finetune:
-    cmd: python stages/fake.py finetune
-    deps: [outputs/teacher/teacher.json]
-    params: [finetune]
-    outs: [outputs/finetune]
-  evaluate:
-    cmd: python stages/fake.py evaluate
-    deps: [outputs/finetune/model]
-    params: [evaluate]
-    outs: [outputs/evaluate]
-"""
 
 
 @pytest.fixture
 def short_project(fake_project: Path) -> Path:
     """The fake project with its first stage and the last two only."""
-    (fake_project / "dvc.yaml").write_text(SHORT_DVC)
+    short = fake_dvc("teacher", "finetune", "evaluate", finetune={"deps": ["outputs/teacher/teacher.json"]})
+    (fake_project / "dvc.yaml").write_text(short)
     run_git(fake_project, "commit", "--all", "--quiet", "--message", "short")
     return fake_project
 

@@ -22,8 +22,8 @@ import pytest
 import yaml
 
 from lolcats_common.files import sha256_tree
-from tasks.registry import register
-from tasks.registry.promotion import CHAMPION, PREVIOUS, alias_version
+from tasks.registry.promotion import CHAMPION, PREVIOUS
+from tasks.registry.versions import alias_version, stored_model
 from tasks.runner.mlflow_run import connect
 from tests.conftest import hold, run_git
 from tests.flows.conftest import LOGIN, Operated
@@ -42,7 +42,7 @@ def champion(root: Path, alias: str = CHAMPION) -> tuple[str, str] | None:
     version = alias_version(client, NAME, alias)
     if version is None:
         return None
-    with register.stored_model(client, version) as stored:
+    with stored_model(client, version) as stored:
         return str(version.version), sha256_tree(stored / "artifacts" / "model")
 
 

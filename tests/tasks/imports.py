@@ -13,6 +13,7 @@ NEUTRAL = {
     "lolcats_common/files.py",
     "lolcats_common/params.py",
     "lolcats_common/progress.py",
+    "lolcats_common/records.py",
     "lolcats_core/compute/device.py",
     "lolcats_common/training_params.py",
     "tasks/reporting/figures.py",

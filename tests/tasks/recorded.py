@@ -14,7 +14,7 @@ from lolcats_common.files import write_json
 from lolcats_common.params import Params, params_from_dict
 from lolcats_core.compute.device import resolve_device
 from tasks import evaluate, finetune, inputs, prepare, report, select, teacher, transfer
-from tasks.measurements import streamed_models
+from tasks.measurements import models
 from tasks.runner import preflight
 from tests.core.evaluation.test_code_continuation import code
 from tests.core.tiny import byte_teacher, byte_tokenizer
@@ -111,10 +111,9 @@ def parameters_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, se
     for index in range(24):
         (root / "text" / f"{index}.py").write_text(code(20).replace("\n", f"  # {index}\n", 3))
 
-    read = {"inputs": set[str]()}
-    monkeypatch.setattr(inputs, "load_params", lambda path: watched(params_from_dict(VALUES), read["inputs"]))
-    inputs.write(root)
+    read: dict[str, set[str]] = {}
     stages: dict[str, Callable[[Any], Mapping[str, float]]] = {
+        "inputs": inputs.run,
         "teacher": teacher.run,
         "prepare": prepare.run,
         "transfer": transfer.run,
@@ -134,7 +133,7 @@ def parameters_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, se
             again = RecordedStage(root, name, params_from_dict({**VALUES, section: {**VALUES[section], **change}}), "b")
             run(again)
             read[name] |= again.read
-    monkeypatch.setattr(streamed_models, "needed", lambda *arguments: True)
+    monkeypatch.setattr(models, "device_memory", lambda device: 0.0)
     layered = RecordedStage(root, "evaluate", params_from_dict(VALUES), "layers")
     evaluate.run(layered)  # type: ignore[arg-type]
     read["evaluate"] |= layered.read

@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 from lolcats_common.errors import UserError
-from lolcats_common.params import apply_overrides
+from lolcats_common.files import atomic_directory
+from lolcats_common.params import apply_overrides, load_params
 from tasks import inputs
+from tasks.runner.stage import Stage, Untracked
 from tasks.versioning import dvc_graph
+from tests.conftest import fake_dvc, shell_stage
 
 ROOT = Path(__file__).parents[2]
 OLD = 1_700_000_000
@@ -39,8 +42,15 @@ def write(path: Path, text: str) -> None:
     os.utime(path, (OLD, OLD))
 
 
+def run(root: Path) -> None:
+    """The stage without DVC and the rest of its harness."""
+    params, scratch = load_params(root / "params.yaml"), root / ".scratch" / "inputs"
+    with atomic_directory(root / "outputs" / "inputs") as out:
+        inputs.run(Stage("inputs", root, params, out, scratch, Untracked()))
+
+
 def found(root: Path) -> tuple[dict[str, str], dict[str, str]]:
-    inputs.write(root)
+    run(root)
     files = [json.loads((root / "outputs" / "inputs" / f"{name}.json").read_text()) for name in ("teacher", "data")]
     return files[0]["files"], files[1]["files"]
 
@@ -72,18 +82,16 @@ def test_a_damaged_memory_of_hashes_counts_as_none(project: Path) -> None:
 def test_a_source_that_is_gone_is_one_line(project: Path) -> None:
     (project / "data.jsonl").unlink()
     with pytest.raises(UserError, match=r"data\.jsonl does not exist"):
-        inputs.write(project)
+        run(project)
     assert not (project / "outputs" / "inputs").exists()
 
 
 def test_dvc_runs_what_reads_a_changed_file_and_calls_nothing_stale_otherwise(fake_project: Path) -> None:
-    always = "mkdir -p outputs/inputs && cp source.txt outputs/inputs/data.json"
-    reads = "mkdir -p outputs/prepare && cp outputs/inputs/data.json outputs/prepare/rows"
-    stages = {
-        "inputs": {"cmd": always, "outs": ["outputs/inputs"], "meta": {"outside": True}},
-        "prepare": {"cmd": reads, "deps": ["outputs/inputs/data.json"], "outs": ["outputs/prepare"]},
-    }
-    (fake_project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    inputs = shell_stage("outputs/inputs/data.json", "source.txt") | {"deps": [], "meta": {"outside": True}}
+    prepare = shell_stage("outputs/prepare/rows", "outputs/inputs/data.json") | {"params": []}
+    (fake_project / "dvc.yaml").write_text(
+        fake_dvc("inputs", "prepare", inputs=inputs, prepare=prepare | {"params": []})
+    )
 
     def states(content: str) -> list[str]:
         (fake_project / "source.txt").write_text(content)

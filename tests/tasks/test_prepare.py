@@ -19,7 +19,7 @@ from pandera.errors import SchemaError
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, params_from_dict
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.data.sources import Raw
+from lolcats_core.data.sources import RawRecord
 from lolcats_core.teacher.pin import TeacherPin
 from tasks import prepare
 from tasks.runner.record_schemas import check_rows
@@ -95,7 +95,7 @@ def test_rows_hold_the_documents_and_no_document_is_on_both_sides(tmp_path: Path
     assert [entry[3] for entry in stage.datasets] == ["training", "validation"]
 
 
-def test_the_side_of_a_document_depends_on_its_content_alone(tmp_path: Path) -> None:
+def test_the_split_of_a_document_depends_on_its_content_alone(tmp_path: Path) -> None:
     given = texts(120)
     sides = []
     for name, order in (("a", given), ("b", given[::-1]), ("c", given[:60] + texts(500, seed=1))):
@@ -245,8 +245,8 @@ def test_plain_text_has_no_completion_to_score(tmp_path: Path) -> None:
 
 
 def test_records_are_taken_in_batches_bounded_by_their_size() -> None:
-    small, huge = Raw("a", {"text": "x"}), Raw("b", {"messages": [{"content": "y" * prepare.BATCH_BYTES}]})
-    records = iter([small, huge, small, huge, huge, Raw("c", reason="broken")])
+    small, huge = RawRecord("a", {"text": "x"}), RawRecord("b", {"messages": [{"content": "y" * prepare.BATCH_BYTES}]})
+    records = iter([small, huge, small, huge, huge, RawRecord("c", reason="broken")])
     assert [len(batch) for batch in iter(lambda: prepare._batch(records), ())] == [2, 2, 1, 1]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -155,23 +154,8 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert all(address.startswith("data:") for address in page.addresses)
     assert "script" not in page.tags
     assert "url(" not in (stage.out / "report.html").read_text(encoding="utf-8")
-    for said in (
-        "<piqa>",
-        "0.512",
-        "0.200 … 0.800",
-        "run-of-finetune",
-        "4321",
-        "777",
-        "k",
-        "0.25",
-        "leans on its window",
-        "0.75x the published recipe's",
-    ):
+    for said in ("<piqa>", "run-of-finetune", "4,321", "777"):  # the rest of the page: reporting/test_report_html.py
         assert said in page.text, said
-    assert "Copying over 1024 tokens: 0.500 of a string right, the teacher 0.500." in page.text
-    assert "Without its linear branch, the student's perplexity is 1.01 times as high." in page.text
-    assert page.text.index("gap 64") < page.text.index("gap 1024")
-    assert re.search(r"after low-rank finetuning\s+10\s+1.25x", page.text)
 
 
 def test_a_run_that_measured_little_still_has_a_report(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def project(tmp_path: Path, empty_store: Path) -> Path:
     """A project whose stages `teacher` and `prepare` are done."""
     root = tmp_path / "project"
     root.mkdir()
-    for name in ("lolcats_core", "kernels", "tasks"):
+    for name in ("lolcats_common", "lolcats_core", "kernels", "tasks"):
         (root / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "dvc.yaml", root)
     shutil.copy(empty_store, root / "mlflow.db")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lolcats_common.linearize_config import LinearizeConfig, local_layers
+from lolcats_common.records import StateBytes
 from lolcats_kernels.hybrid_attention import empty_state, feature_count
 from lolcats_kernels.hybrid_attention.state import HybridState
 
@@ -73,13 +74,15 @@ def published_settings(config: Any) -> LinearizeConfig:
     return replace(LinearizeConfig(), feature_dim=min(64, dim))
 
 
-def state_facts(config: Any, settings: LinearizeConfig, dtype: torch.dtype) -> dict[str, int]:
+def state_facts(config: Any, settings: LinearizeConfig, dtype: torch.dtype) -> StateBytes:
     """The student's state beside the published recipe's and what the teacher's cache grows by, all in bytes."""
     student, published = (state_size(config, chosen, dtype) for chosen in (settings, published_settings(config)))
     whole = LinearizeConfig(softmax_layers=tuple(range(config.num_hidden_layers)))
     teacher = state_size(config, whole, dtype)
     return {
-        **vars(student),
+        "linear": student.linear,
+        "exact": student.exact,
+        "per_token": student.per_token,
         "published": published.linear + published.exact,
         "teacher_per_token": teacher.per_token,
     }

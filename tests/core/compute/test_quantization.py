@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from lolcats_common.params import FinetuneParams
 from lolcats_core.compute.quantization import NF4, QuantizedLinear, dequantize, quantize, quantize_projections
 from lolcats_core.model.modeling import linearize
-from lolcats_core.streaming.load_student import load_student
+from lolcats_core.streaming.student import load_student
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
 from tests.core.tiny import SETTINGS, FakeRows, tiny_teacher
 

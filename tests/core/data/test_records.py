@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lolcats_common.errors import UserError
-from lolcats_core.data.records import Encoder, Piece, RecordError, detect_shape, pieces
+from lolcats_core.data.records import Encoder, RecordError, Segment, detect_shape, segments_of
 from tests.core.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -24,7 +24,7 @@ CHAT = [
 
 def split(fields: dict[str, Any], shape: Any, completion: bool) -> tuple[str, str]:
     """Decoded targets and decoded rest."""
-    tokens, targets = Encoder(TOKENIZER).encode([pieces(fields, shape, completion, TOKENIZER)])[0]
+    tokens, targets = Encoder(TOKENIZER).encode([segments_of(fields, shape, completion, TOKENIZER)])[0]
     chosen = [t for t, target in zip(tokens, targets, strict=True) if target]
     rest = [t for t, target in zip(tokens, targets, strict=True) if not target]
     return TOKENIZER.decode(chosen), TOKENIZER.decode(rest)
@@ -61,7 +61,7 @@ def test_chat_without_masks_is_the_template_s_text() -> None:
 
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=4))
 def test_encoding_loses_nothing(texts: list[str]) -> None:
-    document = [Piece(text, i % 2 == 0) for i, text in enumerate(texts)]
+    document = [Segment(text, i % 2 == 0) for i, text in enumerate(texts)]
     tokens, targets = Encoder(TOKENIZER).encode([document])[0]
     assert TOKENIZER.decode(tokens[:-1]) == "".join(texts)
     assert tokens[-1] == TOKENIZER.eos_token_id
@@ -69,17 +69,17 @@ def test_encoding_loses_nothing(texts: list[str]) -> None:
 
 
 def test_text_that_spells_a_special_token_stays_text() -> None:
-    tokens, _ = Encoder(TOKENIZER).encode([[Piece("a<eos>b", True)]])[0]
+    tokens, _ = Encoder(TOKENIZER).encode([[Segment("a<eos>b", True)]])[0]
     assert TOKENIZER.eos_token_id not in tokens[:-1]
     assert TOKENIZER.decode(tokens) == "a<eos>b<eos>"
 
 
 def test_bos_leads_each_document_where_the_tokenizer_adds_one() -> None:
     tokenizer = tiny_tokenizer(bos=True)
-    first, second = Encoder(tokenizer).encode([[Piece("a", True)], [Piece("b", False)]])
+    first, second = Encoder(tokenizer).encode([[Segment("a", True)], [Segment("b", False)]])
     assert first[0][0] == second[0][0] == tokenizer.bos_token_id
     assert second[1] == [False, False, False]
-    assert Encoder(TOKENIZER).encode([[Piece("a", True)]])[0][0][0] != tokenizer.bos_token_id
+    assert Encoder(TOKENIZER).encode([[Segment("a", True)]])[0][0][0] != tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_unknown_columns_and_silent_assistants_are_reasons() -> None:
     with pytest.raises(RecordError, match="got body, title"):
         detect_shape({"title": "a", "body": "b"}, "auto")
     with pytest.raises(RecordError, match="no message of the assistant"):
-        pieces({"messages": CHAT[:2]}, "messages", True, TOKENIZER)
+        segments_of({"messages": CHAT[:2]}, "messages", True, TOKENIZER)
 
 
 def test_a_tokenizer_without_template_or_eos_is_refused() -> None:
     with pytest.raises(UserError, match="chat template"):
-        pieces({"messages": CHAT}, "messages", False, tiny_tokenizer(chat=False))
+        segments_of({"messages": CHAT}, "messages", False, tiny_tokenizer(chat=False))
     with pytest.raises(UserError, match="no eos token"):
         Encoder(tiny_tokenizer(eos=False))

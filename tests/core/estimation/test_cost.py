@@ -11,7 +11,7 @@ from lolcats_common.params import Params, presets
 from lolcats_core.estimation.cost import GPUS, HOST_SECONDS, WEIGHT_RATE, parse_gpus, parse_tokens, plan
 from lolcats_core.estimation.memory import GIB, streamed_memory, train_memory, transfer_mode
 from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
-from lolcats_core.model.modeling import FAMILIES
+from lolcats_core.model.families import FAMILIES
 from tests.core.estimation.test_doctor import preset
 from tests.core.tiny import tiny_teacher
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_common.params import FinetuneParams
-from lolcats_core.experiments.ablation import Budget, rows
+from lolcats_common.params import Params
+from lolcats_core.experiments.ablation import Budget, trials
 from lolcats_core.experiments.ablation_report import markdown, ordering_lines, published_ordering
+from tests import golden
 from tests.core.experiments.test_ablation import grid
 
 BASE = LinearizeConfig()
@@ -18,9 +20,10 @@ def report(**changed: float) -> dict[str, Any]:
     budget = Budget(steps=20)
     measured = grid(**changed)
     found = []
-    for row in rows(BASE, FinetuneParams(), budget, [("q_proj", "v_proj")]):
-        result = measured.get(row.label.replace("kv_head", "query_head"), {"before": 50.0, "after": 4321.0})
-        found.append({"section": row.section, "label": row.label, "recall": 0.25, **result})
+    for trial in trials(Params(), budget, [("q_proj", "v_proj")]):
+        section, _, label = trial.name.partition("/")
+        result = measured.get(label.replace("kv_head", "query_head"), {"before": 50.0, "after": 4321.0})
+        found.append({"section": section, "label": label, "recall": 0.25, **result})
     return {
         "teacher": {"source": "builtin", "parameters": 5_600_000, "perplexity": 9.5, "recall": 1.0},
         "budget": {**dataclasses.asdict(budget), "sequence_length": 512, "transfer_lr": 1e-2, "finetune_lr": 1e-3},
@@ -31,12 +34,8 @@ def report(**changed: float) -> dict[str, Any]:
 
 def test_the_table_has_the_papers_form_and_says_that_the_ordering_holds() -> None:
     text = markdown(report())
-    assert "| hedgehog, none, query_head | 2,448 | 9 | 60.9 | 4 | 0.250 |" in text
+    golden.check(text, "ablation.md")
     assert sum(line.startswith(("| hedgehog", "| t2r")) for line in text.splitlines()) == 12
-    for said in ("| rank 64 | 50 | 4,321 | 0.250 |", "| q_proj, v_proj |", "| window 256 |", "| 40 transfer steps |"):
-        assert said in text, said
-    assert "The published ordering holds:" in text
-    assert "5.6M parameters, perplexity 9.5" in text
 
 
 def test_a_statement_that_fails_is_named_with_its_numbers_and_divergence_is_said() -> None:
@@ -46,7 +45,7 @@ def test_a_statement_that_fails_is_named_with_its_numbers_and_divergence_is_said
     assert "4 < 3" in text
     diverged = report()
     diverged["rows"][0] |= {"after": None, "recall": None}
-    assert "| diverged |" in markdown(diverged)
+    assert "| diverged |" in re.sub(" +", " ", markdown(diverged))
 
 
 def test_without_the_grid_there_is_no_verdict() -> None:

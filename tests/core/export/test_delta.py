@@ -16,7 +16,8 @@ import lolcats_core as lc
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams, TeacherParams
 from lolcats_core.export.delta import ADAPTER, DELTA, fingerprint, read_delta
-from lolcats_core.model.modeling import FAMILIES, named_map_parameters
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.modeling import named_map_parameters
 from lolcats_core.teacher.pin import TeacherPin, resolve_teacher
 from lolcats_core.training.low_rank_finetune import add_lora
 from tests.core.teacher.test_pin import make_teacher

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lolcats_core import LinearizeConfig
-from lolcats_core.model.modeling import FAMILIES, linearize
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.modeling import linearize
 from tests.core.tiny import BOUNDED, MIXED, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import lolcats_core as lc
 from lolcats_common.errors import UserError
-from lolcats_core.model.families import ARCHITECTURES, OBSTACLES, refusal
-from lolcats_core.model.modeling import FAMILIES, check_architecture, empty_student
+from lolcats_core.model import families
+from lolcats_core.model.families import FAMILIES, OBSTACLES, refusal
+from lolcats_core.model.modeling import check_architecture, empty_student
+from tests.core.tiny import tiny_teacher
 
 NAMED = sorted(set().union(*(obstacle.names for obstacle in OBSTACLES)))
 TINY: dict[str, Any] = {
@@ -101,9 +105,11 @@ def test_unknown_architectures_are_judged_by_their_values(values: dict[str, Any]
 
 
 def test_exactly_the_supported_families_pass() -> None:
-    assert set(FAMILIES) == set(ARCHITECTURES) == set(lc.supported_architectures())
-    assert not set(NAMED) & set(ARCHITECTURES)
-    for name, (config_class, _) in FAMILIES.items():
+    assert tuple(FAMILIES) == lc.supported_architectures()
+    assert not set(NAMED) & set(FAMILIES)
+    for name, family in FAMILIES.items():
+        config_class, _ = family.resolve()
+        assert config_class.model_type == name
         assert refusal(config_class().to_dict()) is None, name
         check_architecture(config_class(), lc.LinearizeConfig())
 
@@ -129,3 +135,22 @@ def test_the_reasons_hold_in_the_code_of_transformers() -> None:
         assert CONFIG_MAPPING[name]().is_encoder_decoder, name
     for name in names_with("no softmax attention"):
         assert "softmax(" not in modelling_code(name), name
+
+
+def test_the_table_imports_no_library_so_that_a_teacher_is_checked_at_once() -> None:
+    imports = [node for node in ast.parse(inspect.getsource(families)).body if isinstance(node, ast.ImportFrom)]
+    assert {node.module.partition(".")[0] for node in imports if node.module} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_family_says_of_its_model_is_so(name: str) -> None:
+    family, teacher = FAMILIES[name], tiny_teacher(name)
+    for layer in teacher.base_model.layers:
+        assert isinstance(getattr(getattr(layer, family.attention), family.head_dim), int)
+    embedding = teacher.get_input_embeddings().weight
+    assert next(key for key, p in teacher.named_parameters() if p is embedding).endswith(f".{family.embedding}.weight")
+    for key in filter(None, (family.logits_divisor, family.logits_softcap)):
+        assert hasattr(teacher.config, key)
+    code = modelling_code(name)
+    assert ("logits_scaling" in code) == (family.logits_divisor is not None)
+    assert ("final_logit_softcapping" in code) == (family.logits_softcap is not None)

@@ -19,7 +19,8 @@ from transformers.cache_utils import DynamicCache
 import lolcats_core as lc
 from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
-from lolcats_core.model.modeling import FAMILIES, feature_maps, named_map_parameters
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.modeling import feature_maps, named_map_parameters
 from tests.core.tiny import MIXED, SETTINGS, decode, tiny_student, tiny_teacher, tokens
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import lolcats_core as lc
 from lolcats_core.model import rotary
-from lolcats_core.model.modeling import FAMILIES, attention_layers
+from lolcats_core.model.families import FAMILIES
+from lolcats_core.model.modeling import attention_layers
 from lolcats_kernels.rotary_embedding.fused import rotary_embedding
 from tests.core.tiny import MIXED, tiny_student, tiny_teacher, tokens
 

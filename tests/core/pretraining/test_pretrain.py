@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats_common.errors import UserError
+from lolcats_core.data.arrays import ArrayRows
 from lolcats_core.pretraining import corpus, pretrain
 from lolcats_core.pretraining.config import PretrainConfig
 from lolcats_core.pretraining.data import (
     END_OF_TEXT,
     IGNORED,
-    ArrayRows,
     WindowStarts,
     copy_rows,
     encode,

@@ -20,7 +20,7 @@ def test_a_read_gives_its_own_rows_whatever_was_expected(tmp_path: Path) -> None
     for block in range(buffer.blocks):
         rows = np.asarray(buffer.block_rows(block))
         buffer.write(0, rows, values[rows])
-        buffer.settle()
+        buffer.flush()
         buffer.commit(0, block)
     asked, other = np.array([5, 0, 3]), np.array([1, 2])
     buffer.expect(0, asked)
@@ -40,7 +40,7 @@ def test_training_validation_and_the_pass_to_the_next_layer_read_ahead(
     seen: Counter[bool] = Counter()
 
     def watched(buffer: HiddenBuffer, layer: int, rows: np.ndarray) -> torch.Tensor:
-        seen[buffer._ahead is not None and buffer._ahead[:2] == (layer, buffer._places(layer, rows).tobytes())] += 1
+        seen[buffer._ahead is not None and buffer._ahead[:2] == (layer, buffer._slots(layer, rows).tobytes())] += 1
         return read(buffer, layer, rows)
 
     read = HiddenBuffer.read

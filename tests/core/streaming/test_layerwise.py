@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.streaming.stopwatch import Stopwatch
 from tests.core.tiny import MIXED, FakeRows, tiny_teacher
 from tests.core.training.test_streamed_transfer import streamed
@@ -18,16 +19,14 @@ from tests.core.training.test_streamed_transfer import streamed
 def test_the_decoders_loop_runs_once_per_layer_unless_rows_hold_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: bool, passes: int
 ) -> None:
-    from lolcats_core.streaming.layerwise import Sweep
-
     asked: Counter[int] = Counter()
-    until = Sweep._until
+    until = LayerwiseModel._until
 
-    def watched(self: Sweep, index: int, batch: dict[str, Any], **given: Any) -> Any:
+    def watched(self: LayerwiseModel, index: int, batch: dict[str, Any], **given: Any) -> Any:
         asked[index] += "inputs_embeds" in given  # not for the embedding
         return until(self, index, batch, **given)
 
-    monkeypatch.setattr(Sweep, "_until", watched)
+    monkeypatch.setattr(LayerwiseModel, "_until", watched)
     tiny_teacher("gemma3_text").save_pretrained(tmp_path / "teacher")
     streamed(tmp_path / "teacher", tmp_path / "run", rows=FakeRows(24, documents=documents))
     # Twelve steps and three times two batches of validation a layer (the local one is kept), two passes over eight.

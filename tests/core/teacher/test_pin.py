@@ -18,9 +18,10 @@ from transformers import LlamaForCausalLM
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import TeacherParams
+from lolcats_core.data.arrays import ArrayRows
 from lolcats_core.data.sources import stdlib_documents
 from lolcats_core.evaluation.recall import copy_recall
-from lolcats_core.pretraining.data import ArrayRows, encode, save_tokenizer, train_tokenizer
+from lolcats_core.pretraining.data import encode, save_tokenizer, train_tokenizer
 from lolcats_core.teacher.checks import INDEX, WEIGHTS
 from lolcats_core.teacher.pin import BUILTIN, Teacher, resolve_teacher, write_pin
 from lolcats_core.training.perplexity import bigram_perplexity, perplexity

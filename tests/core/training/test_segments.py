@@ -10,7 +10,7 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams
-from lolcats_core.model.modeling import FAMILIES
+from lolcats_core.model.families import FAMILIES
 from lolcats_core.training import losses, segments
 from lolcats_core.training.losses import output_logits
 from lolcats_core.training.low_rank_finetune import add_lora, low_rank_finetune, next_token_loss

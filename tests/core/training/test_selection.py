@@ -13,7 +13,8 @@ import lolcats_core as lc
 from lolcats_common.errors import UserError
 from lolcats_common.params import ParamsError, SelectParams, TransferParams, params_from_dict
 from lolcats_core.evaluation import audit
-from lolcats_core.model.modeling import attention_layers, named_map_parameters, restrict_maps
+from lolcats_core.model.map_files import restrict_maps
+from lolcats_core.model.modeling import attention_layers, named_map_parameters
 from lolcats_core.training.attention_transfer import head_errors, transfer_losses
 from lolcats_core.training.losses import KL
 from lolcats_core.training.low_rank_finetune import next_token_loss

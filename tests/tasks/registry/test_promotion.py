@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import GatesParams, load_params
-from tasks.registry import gate_probe, lineage, promotion, register
-from tasks.registry.promotion import CHALLENGER, CHAMPION, PREVIOUS, alias_version, examine, promote, rollback
+from tasks.registry import gate_probe, lineage, register, versions
+from tasks.registry.promotion import CHALLENGER, CHAMPION, PREVIOUS, promote, rollback, run_gates
+from tasks.registry.versions import alias_version
 from tasks.runner.mlflow_run import connect
 from tests.conftest import run_git
 from tests.tasks.conftest import set_model
@@ -45,20 +46,22 @@ def aliases(root: Path) -> dict[str, str]:
 
 def stored(root: Path, number: str) -> Path:
     client = connect(root)
-    with register.stored_model(client, client.get_model_version(NAME, number)) as path:
+    with versions.stored_model(client, client.get_model_version(NAME, number)) as path:
         return path
 
 
 def serve(root: Path, md5: str, student: float = 12.0) -> str:
     number = add(root, md5, student)
-    assert examine(root, NAME, UNPROBED, number).passed
-    return promote(root, NAME, number)
+    _, status = run_gates(root, NAME, UNPROBED, number)
+    assert status.passed
+    assert status == versions.version_status(root, NAME, number)
+    return promote(root, NAME, number).version
 
 
 @pytest.mark.slow
 def test_the_gates_load_the_stored_model_and_see_what_is_wrong_with_it(finished: Path) -> None:
     number = add(finished, "m1")
-    report = examine(finished, NAME, GatesParams(max_logit_difference=1e-4), "candidate")
+    report, _ = run_gates(finished, NAME, GatesParams(max_logit_difference=1e-4), "candidate")
     assert report.passed, report.reasons
     assert aliases(finished) == {CHALLENGER: number}
     client = connect(finished)
@@ -70,7 +73,7 @@ def test_the_gates_load_the_stored_model_and_see_what_is_wrong_with_it(finished:
     tensors = load_file(weights)
     save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="not those that were registered"):
-        examine(finished, NAME, GatesParams(), number)
+        run_gates(finished, NAME, GatesParams(), number)
 
 
 def test_a_pickle_in_a_registered_model_is_never_loaded(tmp_path: Path) -> None:
@@ -85,14 +88,14 @@ def test_a_worse_version_is_refused_and_a_better_one_takes_over_and_back(finishe
     assert serve(finished, "m1") == "1"
     assert aliases(finished) == {CHAMPION: "1"}
     worse = add(finished, "m2", 12.5)
-    report = examine(finished, NAME, UNPROBED, worse)
+    report, _ = run_gates(finished, NAME, UNPROBED, worse)
     assert report.reasons == ["regression: student's perplexity over the teacher's is 1.25, the bound is at most 1.224"]
     with pytest.raises(UserError, match="version 2 did not pass its gates: regression"):
         promote(finished, NAME, worse)
     assert aliases(finished) == {CHAMPION: "1"}
     assert serve(finished, "m3", 11.0) == "3"
     assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "1"}
-    assert promote(finished, NAME, "3") == "3"
+    assert promote(finished, NAME, "3") == versions.version_status(finished, NAME, "3")
     assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "1"}
     assert rollback(finished, NAME) == ("1", "3")
     assert aliases(finished) == {CHAMPION: "1", PREVIOUS: "3"}
@@ -114,9 +117,9 @@ def test_what_cannot_serve_is_refused_in_one_line(finished: Path) -> None:
         rollback(finished, NAME)
     assert aliases(finished) == {CHAMPION: "3", PREVIOUS: "2"}
     client = connect(finished)
-    client.delete_model_version_tag(NAME, first, register.COMPLETE)
+    client.delete_model_version_tag(NAME, first, versions.COMPLETE)
     with pytest.raises(UserError, match="registration was cut short"):
-        examine(finished, NAME, UNPROBED, first)
+        run_gates(finished, NAME, UNPROBED, first)
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
@@ -167,7 +170,7 @@ def test_two_writers_of_one_model_make_one_version(finished: Path) -> None:
     assert len(set(found)) == 1
     assert len(found) == 2
     (version,) = connect(finished).search_model_versions(f"name = '{NAME}'")
-    assert version.tags[register.COMPLETE] == "complete"
+    assert version.tags[versions.COMPLETE] == "complete"
 
 
 def test_a_store_that_does_not_answer_is_said_to_be_so(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +196,7 @@ def test_lineage_leads_to_the_commit_that_holds_dvc_lock(finished: Path) -> None
     page = lineage.lineage(finished, NAME, CHAMPION)
     for expected in (commit, "run.finetune", "r-finetune", "dvc.md5.finetune", "params.yaml", "gates: passed"):
         assert expected in page
-    assert promotion.standing(finished, NAME, "1").aliases == ("candidate", CHAMPION)
+    assert versions.version_status(finished, NAME, "1").aliases == ("candidate", CHAMPION)
 
 
 @pytest.mark.parametrize("call", ["get_model_version_by_alias", "get_model_version", "get_logged_model"])
@@ -220,4 +223,4 @@ def test_a_store_that_stops_answering_while_changes_are_looked_for_is_asked_agai
             raise MlflowException("connection refused")
 
     with pytest.raises(Unavailable, match="connection refused"):
-        register.find_model(Client(), NAME, "m1")
+        versions.find_model(Client(), NAME, "m1")

@@ -17,6 +17,7 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
 from tasks.registry import register as registry
+from tasks.registry.versions import download
 from tasks.runner.mlflow_run import connect
 from tasks.runner.processes import end_group
 from tasks.versioning import dvc_graph
@@ -130,11 +131,11 @@ def test_the_registered_model_loads_and_generates_without_this_project(finished:
     done = register(finished)
     texts = load_elsewhere(connect(finished).tracking_uri, done.uri, tmp_path)
     assert len(texts) == 2
-    path = registry.download(finished, "lolcats-demo", "candidate")
+    path = download(finished, "lolcats-demo", "candidate")
     assert (path / "model.safetensors").is_file()
-    assert registry.download(finished, "lolcats-demo", "lolcats-demo/1") == path
+    assert download(finished, "lolcats-demo", "lolcats-demo/1") == path
     with pytest.raises(UserError, match="no such directory or registered version"):
-        registry.download(finished, "lolcats-demo", "champion")
+        download(finished, "lolcats-demo", "champion")
 
 
 def load_elsewhere(store: str, uri: str, directory: Path) -> list[str]:

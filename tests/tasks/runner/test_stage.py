@@ -12,9 +12,10 @@ import pytest
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
+from tasks.runner.exits import Terminated
 from tasks.runner.mlflow_run import connect
-from tasks.runner.stage import STATE, Stage, Terminated, execute, scratch_key
-from tests.conftest import hold
+from tasks.runner.stage import STATE, Stage, execute, scratch_key
+from tests.conftest import fake_dvc, hold
 from tests.tasks.processes import LAST_RESORT, start, wait_for_text
 
 Run = Callable[[Stage], Mapping[str, float]]
@@ -35,7 +36,7 @@ def succeed(stage: Stage) -> Mapping[str, float]:
 
 
 def test_outputs_metrics_and_run_appear_together_and_the_scratch_goes(fake_project: Path) -> None:
-    assert execute(succeed, "teacher", fake_project) == 0
+    assert execute("teacher", fake_project, succeed) == 0
     out = fake_project / "outputs" / "teacher"
     metrics, run = (json.loads((out / name).read_text()) for name in ("metrics.json", "run.json"))
     assert metrics["tokens"] == 7
@@ -63,7 +64,7 @@ def test_a_stage_that_does_not_end_well_leaves_no_output_and_keeps_its_scratch(
         (stage.scratch / "checkpoint").write_text("3")
         raise error
 
-    assert execute(fail, "teacher", fake_project) == code
+    assert execute("teacher", fake_project, fail) == code
     assert list((fake_project / "outputs").iterdir()) == []
     assert (scratch(fake_project, "teacher") / "checkpoint").read_text() == "3"
     assert [run.info.status for run in runs(fake_project)] == [status]
@@ -71,7 +72,7 @@ def test_a_stage_that_does_not_end_well_leaves_no_output_and_keeps_its_scratch(
     assert len(lines) == 1
     assert "Traceback" not in lines[0]
 
-    assert execute(succeed, "teacher", fake_project) == 0
+    assert execute("teacher", fake_project, succeed) == 0
     (resumed,) = runs(fake_project)
     assert resumed.info.status == "FINISHED"
 
@@ -81,7 +82,7 @@ def test_a_defect_keeps_its_traceback_and_fails_the_run(fake_project: Path) -> N
         raise ZeroDivisionError("defect")
 
     with pytest.raises(ZeroDivisionError):
-        execute(broken, "teacher", fake_project)
+        execute("teacher", fake_project, broken)
     assert [run.info.status for run in runs(fake_project)] == ["FAILED"]
 
 
@@ -92,12 +93,12 @@ def test_damaged_resume_state_is_replaced(fake_project: Path, content: bytes) ->
     directory = scratch(fake_project, "teacher")
     directory.mkdir(parents=True)
     (directory / STATE).write_bytes(content)
-    assert execute(succeed, "teacher", fake_project) == 0
+    assert execute("teacher", fake_project, succeed) == 0
     assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
 
 
 def test_a_metric_that_is_not_finite_fails_the_stage(fake_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert execute(lambda stage: {"loss": float("nan")}, "teacher", fake_project) == 1
+    assert execute("teacher", fake_project, lambda stage: {"loss": float("nan")}) == 1
     assert "`loss` is nan" in capsys.readouterr().err
     assert not (fake_project / "outputs" / "teacher").exists()
 
@@ -107,7 +108,7 @@ def test_a_missing_input_names_the_command(fake_project: Path, capsys: pytest.Ca
         stage.input("prepare")
         return {}
 
-    assert execute(reader, "teacher", fake_project) == 1
+    assert execute("teacher", fake_project, reader) == 1
     assert "outputs/prepare is missing" in capsys.readouterr().err
 
 
@@ -125,8 +126,7 @@ def test_unknown_stages_and_parameters_in_dvc_yaml_are_named(fake_project: Path)
     params = load_params(fake_project / "params.yaml")
     with pytest.raises(UserError, match="no stage 'nothing'"):
         scratch_key("nothing", fake_project, params)
-    text = (fake_project / "dvc.yaml").read_text()
-    (fake_project / "dvc.yaml").write_text(text.replace("[seed, teacher]", "[transfer.rate]"))
+    (fake_project / "dvc.yaml").write_text(fake_dvc("teacher", teacher={"params": ["transfer.rate"]}))
     with pytest.raises(UserError, match=r"`transfer\.rate`"):
         scratch_key("teacher", fake_project, params)
 
@@ -135,13 +135,13 @@ def test_a_store_of_files_is_refused_in_one_line(
     fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
-    assert execute(succeed, "teacher", fake_project) == 1
+    assert execute("teacher", fake_project, succeed) == 1
     assert "sqlite:///mlflow.db" in capsys.readouterr().err
 
 
 def test_a_damaged_store_is_told_in_one_line(fake_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
-    assert execute(succeed, "teacher", fake_project) == 1
+    assert execute("teacher", fake_project, succeed) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 

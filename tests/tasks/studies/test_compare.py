@@ -65,5 +65,5 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
 def test_what_was_never_evaluated_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for which in ("current", str(tmp_path / "empty")):
-        with pytest.raises(UserError, match=r"no evaluation.json in .*run `dvc repro evaluate`"):
+        with pytest.raises(UserError, match=r"evaluation.json is missing; run `dvc repro evaluate`"):
             load(tmp_path, "demo", which)

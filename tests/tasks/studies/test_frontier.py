@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import ComputeParams, EvaluateParams, FinetuneParams, LinearizeConfig, Params, TransferParams
 from lolcats_core.data.rows import TokenRowsWriter
-from lolcats_core.experiments import recipes
+from lolcats_core.experiments import trials
+from lolcats_core.teacher.pin import Teacher
 from tasks.studies import frontier
 from tasks.versioning import dvc_graph
 from tests.core.tiny import byte_teacher, byte_tokenizer, tokens
@@ -38,7 +40,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             writer.append(input_ids=tokens(rows, 64, seed=rows).numpy())
     monkeypatch.setattr(dvc_graph, "repro", lambda *_: None)
     teacher = SimpleNamespace(load=lambda dtype, device: byte_teacher(), tokenizer=byte_tokenizer)
-    monkeypatch.setattr(frontier.Teacher, "open", lambda folder: teacher)
+    monkeypatch.setattr(Teacher, "open", lambda folder: teacher)
     return tmp_path
 
 
@@ -46,8 +48,8 @@ def test_one_transfer_serves_every_budget_and_the_curve_ends_at_the_teacher(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transfers: list[int] = []
-    original = recipes.attention_transfer
-    monkeypatch.setattr(recipes, "attention_transfer", lambda *a, **k: (transfers.append(1), original(*a, **k))[1])
+    original = trials.attention_transfer
+    monkeypatch.setattr(trials, "attention_transfer", lambda *a, **k: (transfers.append(1), original(*a, **k))[1])
     report = frontier.frontier(root, PARAMS, (0.0, 0.5, 0.75))
     assert len(transfers) == 1
     assert [point["selection"]["cache_ratio"] for point in report["points"]] == [0.0, 0.5, 0.75]
@@ -69,8 +71,8 @@ def test_without_stage_2_the_table_has_the_transferred_student_alone(root: Path)
 
 def test_a_diverged_point_is_said(root: Path) -> None:
     report = frontier.frontier(root, PARAMS, (0.25,), finetune=False)
-    report["points"][0]["transferred"]["perplexity"] = None
-    assert "| diverged |" in frontier.markdown(report)
+    report["points"][0]["transferred"] = None
+    assert "| diverged |" in re.sub(" +", " ", frontier.markdown(report))
     frontier.figure(report)
 
 
@@ -83,4 +85,4 @@ def test_ratios_that_keep_nothing_or_everything_are_refused_before_training(
 ) -> None:
     with pytest.raises(UserError, match=message):
         frontier.frontier(root, replace(PARAMS), ratios)
-    assert not list((root / ".scratch").rglob("maps-*"))
+    assert not list((root / ".scratch").rglob("*.safetensors"))

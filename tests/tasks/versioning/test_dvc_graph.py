@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from tasks.versioning import dvc_graph
-from tests.conftest import hold
+from tests.conftest import fake_dvc, hold, shell_stage
 from tests.tasks.processes import LAST_RESORT, processes_in, start, wait_for, wait_for_text
-
-SHELL_DVC = """stages:
-  last:
-    cmd: mkdir -p outputs/last && cp outputs/first/x outputs/last/x
-    deps: [outputs/first/x]
-    outs: [outputs/last]
-  first:
-    cmd: echo hello && mkdir -p outputs/first && cp source.txt outputs/first/x
-    deps: [source.txt]
-    outs: [outputs/first]
-"""
 
 
 @pytest.fixture
 def shell_project(fake_project: Path) -> Path:
     """Two stages without Python, the later one written first."""
-    (fake_project / "dvc.yaml").write_text(SHELL_DVC)
+    last, first = shell_stage("outputs/last/x", "outputs/first/x"), shell_stage("outputs/first/x", "source.txt")
+    (fake_project / "dvc.yaml").write_text(fake_dvc("last", "first", last=last, first=first))
     (fake_project / "source.txt").write_text("a")
     return fake_project
 
@@ -49,6 +40,9 @@ def test_a_stage_runs_then_stays_and_comes_back_from_the_run_cache(shell_project
     assert states() == ["ran", "ran"]
     (shell_project / "source.txt").write_text("a")
     assert states() == ["restored", "restored"]
+    shutil.rmtree(shell_project / "outputs")
+    assert states() == ["restored", "restored"]
+    assert states() == ["unchanged", "unchanged"]
 
 
 def test_a_failing_command_is_one_error_that_names_the_stage(shell_project: Path) -> None:

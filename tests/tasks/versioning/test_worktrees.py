@@ -9,7 +9,7 @@ import pytest
 
 from lolcats_common.errors import UserError
 from tasks.runner.mlflow_run import git_state
-from tasks.versioning.worktrees import SOURCES_VARIABLE, confine
+from tasks.versioning.worktrees import SOURCES_VARIABLE, check_allowed_sources
 
 
 @pytest.mark.parametrize(
@@ -30,22 +30,26 @@ def test_a_run_over_the_api_reads_no_other_files_and_trusts_no_other_code(
 ) -> None:
     (fake_project / "link").symlink_to(tmp_path)
     with pytest.raises(UserError, match=message):
-        confine(fake_project, values)
+        check_allowed_sources(fake_project, values)
 
 
 def test_what_the_owner_allows_is_allowed(fake_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    confine(fake_project, None)
-    confine(fake_project, {"data.source": "texts/*.jsonl", "teacher.source": "owner/model", "transfer.lr": 0.1})
+    check_allowed_sources(fake_project, None)
+    check_allowed_sources(
+        fake_project, {"data.source": "texts/*.jsonl", "teacher.source": "owner/model", "transfer.lr": 0.1}
+    )
     monkeypatch.setenv(SOURCES_VARIABLE, f"/srv/texts:{tmp_path}")
-    confine(fake_project, {"data.source": str(tmp_path / "new" / "*.txt"), "teacher.source": "/srv/texts/teacher"})
+    check_allowed_sources(
+        fake_project, {"data.source": str(tmp_path / "new" / "*.txt"), "teacher.source": "/srv/texts/teacher"}
+    )
     params = (fake_project / "params.yaml").read_text()
     trusting = params.replace("  source: builtin #", "  source: a/b #", 1).replace(
         "trust_remote_code: false", "trust_remote_code: true"
     )
     (fake_project / "params.yaml").write_text(trusting)
-    confine(fake_project, {"transfer.lr": 0.1})
+    check_allowed_sources(fake_project, {"transfer.lr": 0.1})
     with pytest.raises(UserError, match="of c/d must stand"):
-        confine(fake_project, {"teacher.source": "c/d"})
+        check_allowed_sources(fake_project, {"teacher.source": "c/d"})
 
 
 def test_parameters_do_not_make_a_checkout_dirty_since_the_run_s_commit_keeps_them(fake_project: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from lolcats_core.model.decoding import static_kv
 from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
 from lolcats_core.model.decoding.decode_graph import _Steps
-from lolcats_core.model.modeling import FAMILIES
+from lolcats_core.model.families import FAMILIES
 from tests.core.tiny import BOUNDED, MIXED, padded, tiny_student, tokens
 
 

@@ -1,4 +1,4 @@
-"""A student read from disk a layer at a time: quantized or divided between processes before the next layer is read."""
+"""The door by which a student gets into memory: whole, quantized, divided between processes, or a layer at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,54 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.compute import distributed
 from lolcats_core.compute.quantization import quantize_projections
-from lolcats_core.model.modeling import empty_student, feature_maps
+from lolcats_core.model.map_files import load_feature_maps
+from lolcats_core.model.modeling import empty_student, feature_maps, linearize
+from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.streaming.weights import WeightFiles, names_in, put, read, without_weights
+from lolcats_core.teacher.pin import Teacher
+
+Student = PreTrainedModel | LayerwiseModel
+
+
+def open_student(
+    teacher: Teacher,
+    settings: LinearizeConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    maps: Path | None = None,
+    quantized: bool = False,
+    by_layer: bool = False,
+) -> Student:
+    """The pinned teacher, linearized, held in the way that its size and the number of processes ask for.
+
+    Args:
+        seed: of the feature maps' initial values, as in `linearize`; a model by layers draws them when it is trained.
+        maps: file of trained feature maps, which take the place of the initial ones.
+        quantized: hold the layers' projections in NF4.
+        by_layer: leave the weights in their files; no more than a layer is on the device at a time.
+
+    Raises:
+        UserError: the teacher changed since it was pinned, or the settings do not fit it or the maps.
+    """
+    if by_layer:
+        return LayerwiseModel.open(
+            teacher.folder, teacher.config, device=device, dtype=dtype, settings=settings, maps=maps
+        )
+    if quantized or distributed.world() > 1:
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        student = load_student(teacher.folder, teacher.config, settings, seed=seed, quantized=quantized, **where)
+    else:
+        student = linearize(teacher.load(dtype, device), settings, seed=seed)
+    if maps is not None:
+        load_feature_maps(student, maps)
+    return student
+
+
+def causal_model(student: Student) -> PreTrainedModel:
+    """The transformers model of a student; on ``meta`` are the weights that are left in their files."""
+    return student.model if isinstance(student, LayerwiseModel) else student
 
 
 def load_student(
@@ -27,11 +73,11 @@ def load_student(
     seed: int = 0,
     quantized: bool = False,
 ) -> PreTrainedModel:
-    """The teacher in `source`, linearized; with several processes its layers' frozen weights are divided (FSDP2).
+    """The teacher in `source`, linearized and read a layer at a time; several processes divide it between them.
 
-    No more than one whole layer is in a process's memory besides its share and the embeddings, which a forward pass
-    needs whole at both its ends. Feature maps are never divided or quantized. Quantized weights are small and stay
-    whole in every process.
+    They divide its layers' frozen weights (FSDP2). No more than one whole layer is in a process's memory besides its
+    share and the embeddings, which a forward pass needs whole at both its ends. Feature maps are never divided or
+    quantized. Quantized weights are small and stay whole in every process.
 
     Args:
         seed: of the feature maps, as in `linearize`.
@@ -56,10 +102,10 @@ def load_student(
         for layer, names in parts:
             stored = {name: source for name, source in names.items() if "feature_maps." not in name}
             put(layer, read(files, stored), device, dtype)
-            for found in feature_maps(layer).values():
-                found.to_empty(device=device)
-                found.reset_parameters(generator)
-                found.requires_grad_(True)
+            for maps in feature_maps(layer).values():
+                maps.to_empty(device=device)
+                maps.reset_parameters(generator)
+                maps.requires_grad_(True)
             if quantized:
                 quantize_projections(layer)
             if shard is not None:

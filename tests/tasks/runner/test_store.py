@@ -1,0 +1,53 @@
+"""The store's overview says what MLflow's client says, whichever way it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lolcats_common.errors import Unavailable
+from tasks.runner.mlflow_run import connect, experiment_id
+from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
+
+
+def test_the_database_says_what_the_client_says(fake_project: Path) -> None:
+    client = connect(fake_project)
+    experiment = experiment_id(client, fake_project)
+    runs = [client.create_run(experiment, run_name=f"run {i}", start_time=1000 + i) for i in range(NEWEST + 2)]
+    client.delete_run(runs[-1].info.run_id)
+    client.set_terminated(runs[0].info.run_id, "FAILED")
+    client.create_run(client.create_experiment("another"), run_name="elsewhere", start_time=9000)
+    for name, count in (("b", 1), ("a", NEWEST + 2)):
+        client.create_registered_model(name)
+        for _ in range(count):
+            client.create_model_version(name, (fake_project / "model").as_uri(), run_id=runs[0].info.run_id)
+    for alias, number in (("previous", "1"), ("champion", "12"), ("candidate", "12")):
+        client.set_registered_model_alias("a", alias, number)
+    client.delete_model_version("a", "5")
+
+    overview = read_overview(fake_project)
+    asked = ask_client(fake_project)
+    assert overview.runs == asked.runs
+    assert sorted(overview.versions) == sorted(asked.versions)
+    assert sorted(overview.aliases) == sorted(asked.aliases)
+    assert overview.newest_versions() == asked.newest_versions()
+    assert [run.name for run in overview.runs] == [f"run {i}" for i in range(NEWEST, 0, -1)]
+    shown = overview.newest_versions()
+    assert [(version.model, version.number, aliases) for version, aliases in shown[:2]] == [
+        ("a", "12", "candidate, champion"),
+        ("a", "11", ""),
+    ]
+    assert [version.model for version, _ in shown] == ["a"] * NEWEST + ["b"]
+
+
+def test_a_project_without_a_store_has_an_empty_overview_and_gets_no_store(fake_project: Path) -> None:
+    (fake_project / "mlflow.db").unlink()
+    assert read_overview(fake_project) == Overview([], [], [])
+    assert not (fake_project / "mlflow.db").exists()
+
+
+def test_a_damaged_store_is_one_line(fake_project: Path) -> None:
+    (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(Unavailable, match=r"mlflow\.db cannot be read"):
+        read_overview(fake_project)
