@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -139,6 +140,10 @@ class EvaluateParams:
             _require(value is None or value >= 1, f"`{name}` must be null or at least 1", value)
 
 
+# Aliases that say what became of a version: `tasks.registry.promotion` sets them after the gates, MLflow the last.
+RESERVED_ALIASES = ("challenger", "champion", "previous", "latest")
+
+
 @dataclass(frozen=True)
 class RegisterParams:
     """`name`: the registered model. `alias`: given to each new version."""
@@ -150,6 +155,10 @@ class RegisterParams:
         for key, value in (("name", self.name), ("alias", self.alias)):
             clean = bool(value.strip()) and not any(c in value for c in '/:."%"')
             _require(clean, f"`{key}` must be a name without / : . % or quotes", value)
+        # The gates and the promotion alone move these; a number, or v with one, is MLflow's way to name a version.
+        free = self.alias.lower() not in RESERVED_ALIASES and not re.fullmatch(r"[vV]?\d+", self.alias)
+        reserved = ", ".join(RESERVED_ALIASES)
+        _require(free, f"`alias` must be another name than {reserved} and the number of a version", self.alias)
 
 
 @dataclass(frozen=True)

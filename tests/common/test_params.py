@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lolcats_common.errors import ParamsError
 from lolcats_common.params import (
     PRESETS,
     Params,
@@ -161,3 +162,9 @@ def test_any_value_is_taken_or_refused_in_one_line(key: str, value: Any) -> None
     except ParamsError as error:
         refusal = str(error)
     assert len(refusal.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("alias", ["champion", "Challenger", "previous", "latest", "1", "v12"])
+def test_a_new_version_cannot_be_given_an_alias_that_the_gates_decide(alias: str) -> None:
+    with pytest.raises(ParamsError, match="`alias` must be another name than challenger, champion"):
+        params_from_dict({"register": {"alias": alias}}, "params.yaml")
