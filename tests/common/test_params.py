@@ -11,7 +11,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lolcats_common.errors import ParamsError
 from lolcats_common.params import (
     PRESETS,
     Params,
