@@ -42,6 +42,8 @@ _SKIPPED_FOLDERS = frozenset(
     ]
 )
 _SKIPPED_NAMES = re.compile(r"_sysconfigdata.*|_sitebuiltins\.py|sitecustomize\.py")
+# Text that Windows programs write begins with a byte order mark, which is no part of it.
+UTF8 = "utf-8-sig"
 _LONG_TEXT = 1 << 16  # bytes from which a .txt file is cut into documents
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -212,7 +214,7 @@ def _cut(data: bytes) -> int:
 
 def _decoded(where: str, data: bytes) -> RawRecord:
     try:
-        return RawRecord(where, {"text": data.decode("utf-8")})
+        return RawRecord(where, {"text": data.decode(UTF8)})
     except UnicodeDecodeError as error:
         return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
 
@@ -226,7 +228,7 @@ def _text_file(file: Path, where: str, limit: int) -> RawRecord:
         size = file.stat().st_size
         if size > limit:
             return RawRecord(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
-        return RawRecord(where, {"text": file.read_text(encoding="utf-8")})
+        return RawRecord(where, {"text": file.read_text(encoding=UTF8)})
     except UnicodeDecodeError as error:
         return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
     except OSError as error:
@@ -251,7 +253,7 @@ def _jsonl_records(file: Path, limit: int) -> Iterator[RawRecord]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+                value = json.loads(line.decode(UTF8), parse_constant=_no_constant)
             except UnicodeDecodeError as error:
                 yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
             except (ValueError, RecursionError) as error:

@@ -52,7 +52,7 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
     source = params.teacher.source
     folder = Path(__file__).parents[1] / "teacher" / "builtin" if source == "builtin" else root / source
     config = folder / "config.json"
-    if not config.is_file() and source not in KNOWN_MODELS and "/" in source:
+    if not config.is_file() and source not in KNOWN_MODELS and _may_be_on_the_hub(source):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(source, "config.json", revision=params.teacher.revision or "main")
@@ -111,11 +111,25 @@ def _teacher(params: Params, root: Path) -> list[Finding]:
         present = (root / source / "config.json").is_file()
         detail = f"directory {source}" if present else f"{source} has no config.json; give a saved Hugging Face model"
         return [Finding("teacher", "ok" if present else "missing", detail)]
+    if not _may_be_on_the_hub(source):
+        return [Finding("teacher", "missing", f"{source} is no directory with a saved model, and no Hugging Face id")]
     findings = []
     if revision is None or len(revision) != COMMIT:
         detail = f"{source} needs a pinned commit: --set teacher.revision=<40 hex digits>, got {revision!r}"
         findings.append(Finding("revision", "missing", detail))
     return [*findings, _access(source, revision)]
+
+
+def _may_be_on_the_hub(source: str) -> bool:
+    """Whether `source` has the form of a Hugging Face id; a path that begins with . or / has not."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _access(source: str, revision: str | None) -> Finding:

@@ -36,7 +36,7 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
         on_error(" ".join(str(error).split()))
         return 1
     except Terminated:
-        print(f"{name}: ended by SIGTERM; the same command continues from the last checkpoint", file=sys.stderr)
+        print(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -5,6 +5,7 @@ DVC decides what of its cache is used: every branch, tag (each version has one),
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -64,11 +65,12 @@ def _worktrees(root: Path) -> list[Path]:
 
 
 def _busy(root: Path) -> bool:
-    """Whether DVC holds anything for a running stage; it writes this down in its rwlock."""
+    """Whether DVC holds anything for a running stage; it writes this down in its rwlock, and leaves empty entries."""
     try:
-        return (root / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8").strip() not in ("", "{}")
-    except OSError:
+        held = json.loads((root / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8") or "{}")
+    except (OSError, ValueError):
         return False
+    return any(holders for entry in held.values() for holders in entry.values())
 
 
 def _unused_models(client: Any, root: Path, older_than: float) -> list[Any]:

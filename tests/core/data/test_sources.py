@@ -149,3 +149,17 @@ def test_memory_stays_bounded_for_a_large_file(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000 < (tmp_path / "x.jsonl").stat().st_size / 10
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_or_a_record(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "first"}\n{"text": "second"}\n')
+    (tmp_path / "b.py").write_bytes(mark + b"def f(): pass\n")
+    (tmp_path / "c.txt").write_bytes(mark + b"line\n" * 20_000)
+    found = {
+        name: [record.fields["text"] for record in raw_records(DataParams(source=name), tmp_path) if record.fields]
+        for name in ("a.jsonl", "b.py", "c.txt")
+    }
+    assert found["a.jsonl"] == ["first", "second"]
+    assert found["b.py"] == ["def f(): pass\n"]
+    assert "".join(found["c.txt"]) == "line\n" * 20_000

@@ -110,3 +110,11 @@ def test_work_is_at_least_the_projections_forward_pass() -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("source", ["./missing", "/nowhere/model", "a/b/c", "weights.gguf"])
+def test_a_path_that_is_no_model_is_one_line_and_no_traceback(source: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    params = params_from_dict({"teacher": {"source": source}}, "params.yaml")
+    missing = {finding.name: finding.detail for finding in doctor(params, tmp_path) if finding.status == "missing"}
+    assert source in missing["teacher"]

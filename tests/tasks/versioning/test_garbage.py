@@ -65,3 +65,11 @@ def test_nothing_is_collected_while_a_stage_runs(project: Path) -> None:
     lock.write_text('{"outputs/only": {"write": {"pid": 1, "cmd": "dvc repro"}}}')
     with pytest.raises(UserError, match="a stage runs in"):
         collect(project)
+
+
+def test_the_empty_entries_that_dvc_leaves_in_its_lock_file_stop_nothing(project: Path) -> None:
+    lock = project / ".dvc" / "tmp" / "rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    for left in ('{"write": {}}', '{"outputs/only": {"write": {}, "read": []}}', "{}", ""):
+        lock.write_text(left)
+        assert collect(project).objects == ()
