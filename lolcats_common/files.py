@@ -71,14 +71,19 @@ def read_json(path: Path, remedy: str) -> Any:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """Yields an empty temporary directory beside `path` that replaces it when the block ends well."""
+    """Yields an empty temporary directory beside `path` that replaces it when the block ends well.
+
+    Whoever may read a file that this process makes may read those in it: safetensors writes its own for the owner alone.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        permissions = partial.stat().st_mode & 0o666
         for file in partial.rglob("*"):
+            file.chmod(file.stat().st_mode | permissions)
             fsync_path(file)
         fsync_path(partial)
         if path.exists():
