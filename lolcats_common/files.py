@@ -73,7 +73,8 @@ def read_json(path: Path, remedy: str) -> Any:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yields an empty temporary directory beside `path` that replaces it when the block ends well.
 
-    Whoever may read a file that this process makes may read those in it: safetensors writes its own for the owner alone.
+    Whoever may read a file that this process makes may read those in it: safetensors writes its files for their owner
+    alone.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")

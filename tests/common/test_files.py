@@ -26,10 +26,14 @@ def test_weights_in_a_new_directory_may_be_read_by_whoever_the_umask_lets(mask: 
 
 
 def test_a_block_that_fails_leaves_the_earlier_directory(tmp_path: Path) -> None:
-    with atomic_directory(tmp_path / "model") as partial:
-        (partial / "a").write_text("1")
-    with pytest.raises(ValueError, match="broken"), atomic_directory(tmp_path / "model") as partial:
-        (partial / "a").write_text("2")
-        raise ValueError("broken")
+    def write(text: str) -> None:
+        with atomic_directory(tmp_path / "model") as partial:
+            (partial / "a").write_text(text)
+            if text != "1":
+                raise ValueError("broken")
+
+    write("1")
+    with pytest.raises(ValueError, match="broken"):
+        write("2")
     assert (tmp_path / "model" / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
