@@ -173,7 +173,7 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
     if streamed:
         needs["transfer"] = streamed_memory(params, shape)
     for stage, need in needs.items():
-        detail = f"about {need / GIB:.1f} GiB of {have / GIB:.0f} GiB on {device.type}"
+        detail = f"needs about {need / GIB:.1f} GiB, {device.type} has {have / GIB:.1f} GiB"
         if stage == "transfer" and streamed:
             detail += ", one layer at a time"
         if need > have:
@@ -190,7 +190,7 @@ def _disk(params: Params, shape: ModelShape, root: Path) -> Finding:
     # The merged student lies in outputs/, in DVC's cache and in the registry's artifacts.
     need = shape.parameters * (download + 3 * wide)
     free = shutil.disk_usage(root).free
-    detail = f"about {need / GIB:.1f} GiB of {free / GIB:.0f} GiB free"
+    detail = f"needs about {need / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
     return Finding("disk", "missing" if need > free else "info", detail)
 
 
