@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_a_trial_that_diverges_is_said_to_and_the_others_go_on(tmp_path: Path, m
     assert bad["before"] is not None
     assert all(row["recall"] is not None and math.isfinite(row["after"]) for row in good)
     assert run(shared, PARAMS, BUDGET, ["lora_rank"]) == results
-    text = markdown(report_on(shared, PARAMS, BUDGET, "tiny", results))
+    text = re.sub(" +", " ", markdown(report_on(shared, PARAMS, BUDGET, "tiny", results)))
     assert "| rank 4 |" in text
     assert "| diverged | diverged |" in text
 
