@@ -10,11 +10,11 @@ import torch
 from lolcats_core import LinearizeConfig
 from lolcats_core.model.families import FAMILIES
 from lolcats_core.model.modeling import linearize
-from tests.core.tiny import BOUNDED, MIXED, decode, padded, tiny_student, tiny_teacher, tokens
+from tests.core.tiny import BOUNDED, MIXED, RINGS, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
-settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["mixed", "bounded"])
+settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED, RINGS], ids=["mixed", "bounded", "rings"])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
