@@ -65,10 +65,15 @@ def save_merged(adapted: PeftModel, files: WeightFiles, dtype: torch.dtype, out:
 
     Args:
         dtype: of the weights; feature maps stay float32. shard: bytes of each file at most, if no tensor is larger.
+
+    Raises:
+        RuntimeError: something that was trained belongs to no weight of the plain student.
     """
     student: Any = adapted.get_base_model()
     trained = _trained(adapted)
     names = _names(student)
+    if lost := sorted({*trained["lora"], *trained["maps"]} - names.keys()):
+        raise RuntimeError(f"{len(lost)} trained tensors belong to no weight of the merged student, such as {lost[0]}")
     config = copy.deepcopy(student.config)
     config.architectures, config.dtype = [type(student).__name__], dtype
     config.auto_map = auto_map(type(config).__name__, type(student).__name__)

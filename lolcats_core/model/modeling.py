@@ -176,6 +176,13 @@ def named_map_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.{key}": p for name, maps in feature_maps(model).items() for key, p in maps.named_parameters()}
 
 
+def tied_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a causal language model where its weight is that of the input embedding."""
+    plain = cast(Any, model)
+    head: nn.Module = plain.get_output_embeddings()
+    return head if head.weight is plain.get_input_embeddings().weight else None
+
+
 def empty_student(teacher: PreTrainedConfig, settings: LinearizeConfig) -> PreTrainedModel:
     """A linearized model of the teacher's shape with fresh weights on the current device (``meta`` costs nothing).
 

@@ -15,7 +15,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import FinetuneParams, TransferParams
 from lolcats_common.training_params import TrainingParams
-from lolcats_core.model.modeling import linearize, named_map_parameters
+from lolcats_core.model.modeling import empty_student, linearize, named_map_parameters
 from lolcats_core.training.attention_transfer import (
     attention_transfer,
     evaluate_transfer,
@@ -23,7 +23,12 @@ from lolcats_core.training.attention_transfer import (
     transfer_losses,
 )
 from lolcats_core.training.loop import CHECKPOINT, learning_rate_scale, step_batches, total_steps, train
-from lolcats_core.training.low_rank_finetune import add_lora, low_rank_finetune, next_token_loss
+from lolcats_core.training.low_rank_finetune import (
+    add_lora,
+    check_target_modules,
+    low_rank_finetune,
+    next_token_loss,
+)
 from tests.core.tiny import FakeRows, tiny_teacher
 
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
@@ -324,3 +329,13 @@ def test_no_rows_or_nothing_to_train_is_refused(tmp_path: Path) -> None:
 def test_unknown_target_modules_are_named_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"the model has no 'c_attn'; it has .*q_proj"):
         add_lora(linearize(tiny_teacher(), SETTINGS), FinetuneParams(target_modules=("c_attn",)), seed=0)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_an_output_embedding_that_is_the_input_embedding_is_no_target(meta: bool) -> None:
+    teacher, wanted = tiny_teacher(tie_word_embeddings=True), FinetuneParams(target_modules=("q_proj", "lm_head"))
+    with torch.device("meta" if meta else "cpu"):
+        student = empty_student(teacher.config, SETTINGS) if meta else linearize(teacher, SETTINGS)
+    with pytest.raises(UserError, match=r"must leave 'lm_head' alone, which this teacher ties .*it may name .*q_proj"):
+        check_target_modules(student, wanted)
+    check_target_modules(linearize(tiny_teacher(), SETTINGS), wanted)
