@@ -111,6 +111,23 @@ class LinearizeConfig:
                 )
         return cls(**{name: value for name, value in values.items() if name not in RETIRED})
 
+    @property
+    def window_reach(self) -> int:
+        """The longest sequence, in tokens, of which the window alone sees all: up to it nothing is linear."""
+        return {"terraced": 2 * self.window_size, "sliding": self.window_size, "none": 0}[self.window]
+
+    def check_length(self, name: str, tokens: int) -> None:
+        """Refuse training sequences in which nothing is linear.
+
+        Raises:
+            UserError: `tokens`, the length of what `name` names, is not above `window_reach`.
+        """
+        if tokens <= self.window_reach:
+            raise UserError(
+                f"{name} must be above {self.window_reach} tokens, all of which a {self.window} window of"
+                f" `linearize.window_size` {self.window_size} sees (nothing would be linear), got {tokens}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's config.json."""
         heads = {str(layer): list(kept) for layer, kept in self.softmax_heads.items()}

@@ -18,11 +18,13 @@ def check(params: Params, teacher: Teacher) -> None:
     """Hold the parameters of every stage against the pinned teacher; loads no weights.
 
     Raises:
-        UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row or a recall string is
-            longer than its context, segments meet packed documents or checkpointing, or a task does not exist.
+        UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row lies in the window, a row
+            or a recall string is longer than the teacher's context, segments meet packed documents or checkpointing,
+            or a task does not exist.
     """
     with torch.device("meta"):
         check_target_modules(empty_student(teacher.config, params.linearize), params.finetune)
+    params.linearize.check_length("`data.sequence_length`", params.data.sequence_length)
     budget_count(params.select, params.linearize, teacher.config)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {

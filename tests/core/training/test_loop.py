@@ -20,6 +20,7 @@ from lolcats_core.training.attention_transfer import (
     attention_transfer,
     evaluate_transfer,
     holds_documents,
+    longest_document,
     transfer_losses,
 )
 from lolcats_core.training.loop import CHECKPOINT, learning_rate_scale, step_batches, total_steps, train
@@ -324,6 +325,39 @@ def test_no_rows_or_nothing_to_train_is_refused(tmp_path: Path) -> None:
     student = linearize(tiny_teacher(), SETTINGS)
     with pytest.raises(UserError, match="no training rows"):
         attention_transfer(student, FakeRows(0), FakeRows(4), params(), scratch=tmp_path)
+
+
+@pytest.mark.parametrize(("window", "size"), [("terraced", 32), ("sliding", 64), ("none", 4)])
+def test_rows_that_the_window_sees_whole_have_nothing_linear_and_are_refused(
+    window: Any, size: int, tmp_path: Path
+) -> None:
+    settings = LinearizeConfig(window=window, window_size=size, feature_dim=8)
+    for length, refused in ((64, window != "none"), (65, False)):
+        student, rows = linearize(tiny_teacher(), settings), FakeRows(4, length=length)
+        loss = transfer_losses(student, rows.batch(range(4)), params())["loss"].item()
+        assert (loss < 1e-6) == refused
+        if refused:
+            with pytest.raises(UserError, match=rf"`data\.sequence_length` must be above 64 .*size` {size} .*got 64"):
+                attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path)
+        else:
+            attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path / str(length))
+
+
+def test_documents_that_the_window_sees_whole_are_refused_whatever_fills_their_rows(tmp_path: Path) -> None:
+    rows = FakeRows(4, length=60, documents=True)  # of 20 and 40 tokens
+    student = linearize(tiny_teacher(), LinearizeConfig(window="sliding", window_size=32, feature_dim=8))
+    attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path)
+    student = linearize(tiny_teacher(), LinearizeConfig(window_size=32, feature_dim=8))
+    with pytest.raises(UserError, match=r"with `data\.packing: documents`\) must be above 64 tokens"):
+        attention_transfer(student, FakeRows(4, length=90, documents=True), rows, params(), scratch=tmp_path)
+    assert longest_document(rows, 1) == longest_document(rows, 99) == 40
+
+    class Filled(FakeRows):
+        def batch(self, indices: Any) -> dict[str, torch.Tensor]:
+            batch = super().batch(indices)
+            return {**batch, "loss_mask": torch.arange(self.sequence_length).expand(len(batch["input_ids"]), -1) < 20}
+
+    assert longest_document(Filled(4, length=60, documents=True), 99) == 20
 
 
 def test_unknown_target_modules_are_named_with_those_there_are() -> None:
