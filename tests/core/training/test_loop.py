@@ -143,6 +143,42 @@ def test_gradient_accumulation_equals_one_large_batch() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("segment", [None, 16])
+def test_a_step_is_a_mean_over_its_targets_however_it_is_divided_into_micro_batches(
+    segment: int | None, tmp_path: Path
+) -> None:
+    """Rows of 39 to 16 targets, and some without any."""
+
+    class Masked(FakeRows):
+        def batch(self, indices: Any) -> dict[str, torch.Tensor]:
+            first = torch.as_tensor(np.asarray(indices))[:, None]
+            mask = (torch.arange(self.sequence_length)[None] > first) & (first % 5 > 0)
+            return {**super().batch(indices), "loss_mask": mask}
+
+    def run(batch_size: int) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+        settings = FinetuneParams(
+            batch_size=batch_size,
+            gradient_accumulation=8 // batch_size,
+            epochs=1,
+            log_every=1,
+            lora_rank=2,
+            lr=1e-2,
+            segment_length=segment,
+        )
+        student, rows = linearize(tiny_teacher(dtype=torch.float64), SETTINGS), Masked(24)
+        scratch = tmp_path / str(batch_size)
+        model, result = low_rank_finetune(student, rows, rows, settings, scratch=scratch)
+        logged = [(entry["train_loss"], entry["grad_norm"]) for entry in result.history if "train_loss" in entry]
+        return logged, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, weights = run(8)
+    for size in (4, 1):
+        logged, found = run(size)
+        np.testing.assert_allclose(logged, expected, rtol=1e-4)
+        for name, value in weights.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_packed_documents_transfer_as_separate_documents() -> None:
     student = linearize(tiny_teacher(), SETTINGS)
     rows = FakeRows(4, documents=True)
