@@ -22,7 +22,10 @@ from lolcats_common.params import DataParams
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
-COLUMNS = ("text", "instruction", "input", "output", "messages")
+COLUMNS = (
+    *("text", "instruction", "input", "output", "history", "system"),
+    *("messages", "conversations", "tools", "functions"),
+)
 # Left out: other people's packages, what Debian splits off into packages of its own, generated tables.
 _SKIPPED_FOLDERS = frozenset(
     [
@@ -277,11 +280,25 @@ def _parquet_records(file: Path) -> Iterator[RawRecord]:
                 number += 1
                 where = f"{file.name}:{number}"
                 try:
-                    yield RawRecord(where, batch.slice(index, 1).to_pylist()[0])
+                    yield RawRecord(where, _without_gaps(batch.slice(index, 1).to_pylist()[0]))
                 except UnicodeDecodeError as error:
                     yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
+
+
+def _without_gaps(fields: dict[str, Any]) -> dict[str, Any]:
+    """A table's record without the keys of nested objects that it does not have.
+
+    A column of objects has one type, so each of them has every key that any has, with nothing in those it lacks.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(one) for one in value]
+        return {key: kept(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    return {name: kept(value) for name, value in fields.items()}
 
 
 def _hub_records(params: DataParams) -> Iterator[RawRecord]:
@@ -294,7 +311,7 @@ def _hub_records(params: DataParams) -> Iterator[RawRecord]:
             params.source, name=params.subset, split=params.split, revision=params.revision, streaming=True
         )
         for number, fields in enumerate(rows, 1):
-            yield RawRecord(f"{params.source}:{number}", dict(fields))
+            yield RawRecord(f"{params.source}:{number}", _without_gaps(dict(fields)))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"`data.source`: {name} was not found, or is gated (accept its terms and set HF_TOKEN): {error}"
