@@ -58,6 +58,12 @@ class Generator:
         ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
         return ids.to(device=self.model.device, dtype=torch.long)
 
+    def encode_continuation(self, text: str) -> torch.Tensor:
+        """Token ids [1, T] of a text that goes on from another; by itself it may be given a space to begin with."""
+        before, both = (self.encode(part, special=False) for part in ("\n", "\n" + text))
+        seen = before.shape[1]
+        return both[:, seen:] if torch.equal(both[:, :seen], before) else self.encode(text, special=False)
+
     def stream(self, ids: torch.Tensor, cache: HybridCache | None = None, skip_prompt: bool = True) -> torch.Tensor:
         """Print the continuation of `ids` [1, T], of which `cache` may have seen a beginning; all ids [1, T + new]."""
         with graphed_decoding(self.model):
@@ -109,10 +115,12 @@ class Conversation:
                 messages = self.messages
                 self.reset()
                 self.messages = messages
-            new = self.generator.encode(whole[len(self.text) :], special=False)
         else:
             whole = f"{self.text}\n{line}" if self.text and not self.text.endswith("\n") else self.text + line
-            new = self.generator.encode(whole[len(self.text) :], special=not self.text)
+        if self.text:
+            new = self.generator.encode_continuation(whole[len(self.text) :])
+        else:
+            new = self.generator.encode(whole, special=not self.template)
         # The end token that closed the last reply is in the template's text as well.
         ended = self.ids.shape[1] > 0 and int(self.ids[0, -1]) in (self.generator.options["eos_token_id"] or [])
         asked = torch.cat([self.ids[:, :-1] if ended else self.ids, new], 1)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lolcats_core as lc
 from tasks.cli.generation import Conversation, Generator, chat, stream
-from tests.core.tiny import tiny_tokenizer
+from tests.core.tiny import sentencepiece_tokenizer, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,16 @@ def test_every_reply_is_what_the_whole_conversation_read_anew_gives(
         assert torch.equal(plain.generate(asked[-1], use_cache=False, **generator.options), conversation.ids)
         # Each token is read once: the last of a reply with the next line.
         assert sum(read) == conversation.ids.shape[1] - 1 - seen
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
+def test_a_line_is_given_no_space_that_the_text_does_not_have(scheme: str, models: Path) -> None:
+    generator = Generator(models / "plain", 5, 0.0)
+    for tokenizer in (sentencepiece_tokenizer(scheme), generator.tokenizer):
+        generator.tokenizer = tokenizer
+        for new in ("The capital", "\nThe", "\n\nThe", " The"):
+            whole = torch.cat([generator.encode("name it", special=False), generator.encode_continuation(new)], 1)
+            assert tokenizer.decode(whole[0]) == "name it" + new
 
 
 def test_the_template_is_kept_over_turns(models: Path) -> None:
