@@ -24,10 +24,11 @@ from lolcats_common.params import DataParams
 from lolcats_common.progress import progress
 from lolcats_core.data.conversations import CHAT_DATE
 from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, PositionOffset, Row
+from lolcats_core.data.readers import RawRecord
 from lolcats_core.data.records import Encoder, Shape, detect_shape, documents_of, identity_of, read_record
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.data.segments import RecordError, Segment
-from lolcats_core.data.sources import RawRecord, describe, raw_records
+from lolcats_core.data.sources import describe, raw_records
 from lolcats_core.teacher.pin import Teacher
 from tasks.runner.record_schemas import check_rows, rejected_records, texts_in
 from tasks.runner.stage import Stage

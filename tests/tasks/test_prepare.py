@@ -20,8 +20,8 @@ from transformers.utils import chat_template_utils
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, params_from_dict
+from lolcats_core.data.readers import RawRecord
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.data.sources import RawRecord
 from lolcats_core.teacher.pin import TeacherPin
 from tasks import prepare
 from tasks.runner.record_schemas import check_rows
