@@ -22,6 +22,7 @@ from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
 from lolcats_common.params import GatesParams, read_assignments
 from lolcats_common.records import Summary
+from tasks.cli.options import changed_params
 from tasks.registry.promotion import CHAMPION
 from tasks.registry.register import RegisteredVersion
 from tasks.registry.versions import VersionStatus, version_status
@@ -150,7 +151,10 @@ def _parent_run(root: Path, name: str, worktree: worktrees.Worktree) -> Iterator
 
 
 def main() -> None:
-    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does."""
+    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does.
+
+    What this machine can tell to be wrong is refused before the flow begins, so that it leaves no run behind.
+    """
     parser = argparse.ArgumentParser(prog="python -m flows.linearize", description=linearize.__doc__)
     parser.add_argument("--preset")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -161,6 +165,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, raise_terminated)
 
     def work() -> None:
+        from tasks.runner import preflight  # loads torch and transformers
+
+        root = project_root()
+        preflight.check_run(changed_params(root, options.preset, options.set), root)
         summary.show(linearize(options.preset, read_assignments(options.set) or None, options.register))
 
     sys.exit(run_and_report(work, "lolcats"))

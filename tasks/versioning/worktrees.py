@@ -19,6 +19,7 @@ import yaml
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_text
 from lolcats_common.params import Params, apply_overrides, load_params, params_from_dict, read_preset, read_yaml
+from lolcats_common.sources import check_sources
 from tasks.runner.git import git, git_state, identity
 from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
@@ -98,21 +99,25 @@ def workplace(root: Path, preset: str | None, values: Mapping[str, Any] | None) 
     """Where a run with these overrides works: without any in the checkout itself, otherwise in a worktree of its own.
 
     Raises:
-        UserError: the parameters are wrong, or overrides need a git checkout with a commit.
+        UserError: the parameters are wrong, the teacher or the text is not there, or overrides need a git checkout
+            with a commit.
     """
     if preset or values:
         return prepare(root, preset, values)
-    return Worktree(None, root, load_params(root / "params.yaml"), {})
+    params = load_params(root / "params.yaml")
+    check_sources(params, root)
+    return Worktree(None, root, params, {})
 
 
 def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Worktree:
     """Make the worktree for these overrides, or bring it back; `name` replaces the one made of them.
 
     Raises:
-        UserError: the overrides are wrong, or the project is no git checkout with a commit.
+        UserError: the overrides are wrong, the teacher or the text is not there, or the project is no git checkout
+            with a commit.
     """
     laid_over = overrides(preset, values)
-    overridden(root, read_yaml(root / "params.yaml"), laid_over)
+    check_sources(overridden(root, read_yaml(root / "params.yaml"), laid_over)[1], root)
     commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
         raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")

@@ -175,6 +175,30 @@ def test_a_failing_stage_ends_the_flow_with_one_line_and_registers_nothing(short
     assert connect(short_project).search_registered_models() == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluate.tasks=[code_continuatoin]", "did you mean 'code_continuation'?"),
+        ("finetune.target_modules=[w]", "the model has no 'w'"),
+        ("teacher.source=./encoder", "architecture 'bert' cannot be linearized"),
+    ],
+)
+def test_what_this_machine_can_tell_to_be_wrong_leaves_no_run_and_no_worktree(
+    short_project: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    (short_project / "encoder").mkdir()
+    (short_project / "encoder" / "config.json").write_text('{"model_type": "bert"}')
+    (short_project / "mlflow.db").unlink()
+    log = tmp_path / "log"
+    assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", override).wait(LAST_RESORT) == 1
+    (line,) = log.read_text().strip().splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
+    assert not (short_project / "mlflow.db").exists()
+    assert not (short_project / ".worktrees").exists()
+
+
 def test_a_page_that_prefect_does_not_take_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
