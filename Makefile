@@ -18,6 +18,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# The programs of a virtual environment name the path it was made at: where the project was moved or copied, it is made
+# anew.
+OURS := grep -qsF '$(CURDIR)/$(BIN)/'
+ifneq ($(shell $(OURS) $(BIN)/lolcats && echo here),here)
+.PHONY: $(VENV)/.installed
+endif
+
 setup: $(VENV)/.installed ## the virtual environment with the pinned packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  echo "Error: Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Give another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "Error: '$(PYTHON)' comes without venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(OURS) $(BIN)/pip && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV); this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet --no-compile 'pip==$(PIP_VERSION)'
 	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e '.[dev]'

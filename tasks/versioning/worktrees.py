@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from configobj import ConfigObj
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_text
@@ -27,6 +28,17 @@ from tasks.versioning import dvc_graph
 
 logger = logging.getLogger(__name__)
 SOURCES_VARIABLE = "LOLCATS_SOURCES"
+# A DVC remote's settings that may be paths.
+PATHS = {
+    "cert_path",
+    "configpath",
+    "credentialpath",
+    "gdrive_service_account_json_file_path",
+    "gdrive_user_credentials_file",
+    "key_path",
+    "keyfile",
+    "url",
+}
 
 
 @dataclass(frozen=True)
@@ -129,19 +141,21 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     head = yaml.safe_load(git(folder, "show", "HEAD:params.yaml"))
     merged, params = overridden(root, head, laid_over)
     write_text(folder / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
-    _share_cache(root, folder)
+    _share_settings(root, folder)
     return Worktree(name, folder, params, _environment(root, folder))
 
 
 def _checkout(root: Path, worktree: Path, commit: str) -> None:
     if (worktree / ".git").exists():
         try:
+            if _git_folder(worktree) != _git_folder(root):
+                raise UserError("its project was copied, and it still belongs to the original")
             if git(worktree, "rev-parse", "HEAD") == commit:
                 return
             git(worktree, "checkout", "--force", "--detach", commit)
             return
-        except UserError:
-            logger.warning("%s is damaged and is made anew", worktree)
+        except UserError as error:
+            logger.warning("%s is made anew: %s", worktree, error)
             shutil.rmtree(worktree)
     elif worktree.exists():
         shutil.rmtree(worktree)
@@ -149,12 +163,35 @@ def _checkout(root: Path, worktree: Path, commit: str) -> None:
     git(root, "worktree", "add", "--detach", str(worktree), commit)
 
 
-def _share_cache(root: Path, worktree: Path) -> None:
-    local = root / ".dvc" / "config.local"
-    if local.is_file():
-        shutil.copy(local, worktree / ".dvc" / "config.local")
-    cache = (root / dvc_graph.run_dvc(root, "cache", "dir").strip()).resolve()
-    dvc_graph.run_dvc(worktree, "cache", "dir", "--local", str(cache))
+def _git_folder(checkout: Path) -> Path:
+    return (checkout / git(checkout, "rev-parse", "--git-common-dir")).resolve()
+
+
+def _share_settings(root: Path, worktree: Path) -> None:
+    """Give a worktree DVC's cache, remotes and other settings of the checkout.
+
+    They are written here, because `dvc config` writes ASCII alone and empties the file where a path has other letters.
+    Paths inside the project are relative, as DVC reads them: to the folder of the file.
+    """
+    local = ConfigObj(encoding="utf-8", interpolation=False)
+    for name in ("config", "config.local"):
+        if (root / ".dvc" / name).is_file():
+            local.merge(ConfigObj(str(root / ".dvc" / name), encoding="utf-8", interpolation=False))
+    for section, settings in local.items():
+        for key in PATHS.intersection(settings) if section.startswith("remote ") else ():
+            if "://" not in settings[key]:
+                settings[key] = _from_worktree(root, worktree, root / ".dvc" / Path(settings[key]).expanduser())
+    cache = root / dvc_graph.run_dvc(root, "cache", "dir").strip()
+    local["cache"] = {**local.get("cache", {}), "dir": _from_worktree(root, worktree, cache)}
+    with (worktree / ".dvc" / "config.local").open("wb") as file:
+        local.write(file)
+
+
+def _from_worktree(root: Path, worktree: Path, path: Path) -> str:
+    """A path for the worktree's .dvc/config.local: relative where it lies in the project, which can then be moved."""
+    path = path.resolve()
+    inside = path.is_relative_to(root.resolve())
+    return os.path.relpath(path, (worktree / ".dvc").resolve()) if inside else str(path)
 
 
 def _environment(root: Path, worktree: Path) -> dict[str, str]:
@@ -162,8 +199,8 @@ def _environment(root: Path, worktree: Path) -> dict[str, str]:
     imports = worktree / ".scratch" / "imports"
     imports.mkdir(parents=True, exist_ok=True)
     link = imports / "lolcats_kernels"
-    if not link.is_symlink():
-        link.symlink_to(worktree / "kernels", target_is_directory=True)
+    link.unlink(missing_ok=True)  # one of before the project was moved or copied leads elsewhere
+    link.symlink_to(worktree / "kernels", target_is_directory=True)
     path = [str(worktree), str(imports), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(part for part in path if part),

@@ -56,7 +56,7 @@ def states(root: Path) -> dict[str, str]:
 
 def all_runs(root: Path) -> list:
     client = connect(root)
-    return client.search_runs([experiment_id(client, root)])
+    return client.search_runs([experiment_id(client)])
 
 
 def test_the_flow_has_one_task_per_stage_of_dvc_yaml_in_topological_order() -> None:

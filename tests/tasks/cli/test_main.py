@@ -90,7 +90,7 @@ def test_wrong_overrides_are_refused_before_anything_runs(
         ),
         ("teacher.source=models/mine", "teacher models/mine: no such directory; of the Hugging Face model"),
         ("teacher.source=builtn", "did you mean `builtin`?"),
-        ("teacher.source=stages", "teacher "),
+        ("teacher.source=stages", "config.json is missing"),
         ("teacher.source=params.yaml", "is a file"),
         ("data.source=./nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("data.source=texts.jsonl", "texts.jsonl does not exist"),
