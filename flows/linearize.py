@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +30,9 @@ from tasks.registry.versions import VersionStatus, version_status
 from tasks.reporting import summary
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
-from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, first_line
+from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, connect, first_line
 from tasks.runner.processes import exit_with_supervisor
+from tasks.runner.servers import require_answer
 from tasks.versioning import dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
@@ -169,6 +171,9 @@ def main() -> None:
 
         root = project_root()
         preflight.check_run(changed_params(root, options.preset, options.set), root)
+        if server := os.environ.get("PREFECT_API_URL"):
+            require_answer("Prefect", server, "PREFECT_API_URL", "the run then has a server of its own")
+        connect(root)
         summary.show(linearize(options.preset, read_assignments(options.set) or None, options.register))
 
     sys.exit(run_and_report(work, "lolcats"))

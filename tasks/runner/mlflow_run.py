@@ -27,11 +27,13 @@ from lolcats_common.params import Params
 from tasks.runner import moved_store
 from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
+from tasks.runner.servers import require_answer
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "lolcats"
 PARENT_VARIABLE = "LOLCATS_PARENT_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FLUSH_SECONDS = 2.0
 FLUSH_METRICS = 500  # MLflow takes at most 1000 in one call
 
@@ -61,6 +63,11 @@ def connect(root: Path) -> Any:
         UserError: its address is wrong.
     """
     uri = tracking_uri(root)
+    if uri.startswith(("http://", "https://")) and RETRIES not in os.environ:
+        # A person waits for the first answer. Later calls, those of the stages too, wait for a server that is away for
+        # a moment; where the variable is set, as a worker has it, the first one does as well.
+        require_answer("MLflow", uri, "MLFLOW_TRACKING_URI", "runs then go into mlflow.db here")
+        os.environ[RETRIES] = "3"
     quiet_libraries()
     import mlflow
     from mlflow import MlflowClient

@@ -199,6 +199,23 @@ def test_what_this_machine_can_tell_to_be_wrong_leaves_no_run_and_no_worktree(
     assert not (short_project / ".worktrees").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MLFLOW_TRACKING_URI", "http://127.0.0.1:1"), ("PREFECT_API_URL", "http://127.0.0.1:1/api")],
+)
+def test_a_server_that_is_down_is_said_with_advice_before_the_flow_begins(
+    short_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    log = tmp_path / "log"
+    assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", "seed=1").wait(LAST_RESORT) == 1
+    (line,) = log.read_text().strip().splitlines()
+    assert f"at {value} does not answer (Connection refused); start it (`make serve`), correct {variable}" in line
+    assert not (short_project / ".worktrees").exists()
+
+
 def test_a_page_that_prefect_does_not_take_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
