@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from lolcats_common.errors import UserError
+from tasks.runner.git import git_state
 from tasks.runner.mlflow_run import connect, experiment_id
 from tasks.versioning import dvc_graph
 
@@ -44,7 +45,8 @@ def collect(root: Path, delete: bool = False, older_than: float = ABANDONED_SECO
     if busy:
         raise UserError(f"a stage runs in {busy[0]}; collect garbage when it has ended")
     projects = [argument for path in _worktrees(root) for argument in ("--projects", str(path))]
-    arguments = ["gc", "--workspace", "--all-branches", "--all-tags", "--all-experiments", "--force", *projects]
+    committed = ["--all-branches", "--all-tags", "--all-experiments"] if git_state(root)[0] != "unknown" else []
+    arguments = ["gc", "--workspace", *committed, "--force", *projects]
     shown = dvc_graph.run_dvc(root, *arguments, "--dry")
     objects = tuple(match["path"] for match in _REMOVED.finditer(shown))
     client = connect(root)

@@ -132,7 +132,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     check_sources(overridden(root, read_yaml(root / "params.yaml"), laid_over)[1], root)
     commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
-        raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
+        raise UserError(f"{root} is no git checkout with a commit: edit params.yaml; {dvc_graph.NEEDS_GIT}")
     if dirty:
         logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
     name = (name or f"{preset or 'set'}-{sha256_json(laid_over)[:8]}").replace("_", "-")
