@@ -1,6 +1,6 @@
 # make demo: the whole pipeline on this machine.   make test: every check.   Both make .venv first where it is missing.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 WORKERS ?= 2
@@ -18,14 +18,23 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# A virtual environment is made anew where it is not the one that is asked for: its programs name the path it was made at,
+# which is another one after the project was moved or copied, and `make PYTHON=...` names a Python.
+OURS := grep -qsF '$(CURDIR)/$(BIN)/'
+MINOR := -c 'import sys; print(sys.version_info[:2])'
+ASKED := $(if $(filter file,$(origin PYTHON)),true,test "$$($(BIN)/python $(MINOR) 2>/dev/null)" = "$$($(PYTHON) $(MINOR))")
+ifneq ($(shell $(OURS) $(BIN)/lolcats && $(ASKED) && echo here),here)
+.PHONY: $(VENV)/.installed
+endif
+
 setup: $(VENV)/.installed ## the virtual environment with the pinned packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "Error: Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Give another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo "Error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Give another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "Error: '$(PYTHON)' comes without venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(OURS) $(BIN)/pip && $(ASKED) && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV); this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet --no-compile 'pip==$(PIP_VERSION)'
 	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e '.[dev]'

@@ -77,6 +77,9 @@ def test_presets_for_llama3_and_mistral_ship() -> None:
     ("override", "message"),
     [
         ({"transfer.lrr": 1}, r"unknown key `transfer\.lrr` \(did you mean `transfer\.lr`\?\)"),
+        ({"transfer.learning_rate": 1}, r"unknown key `transfer\.learning_rate` \(did you mean `transfer\.lr`\?\)"),
+        ({"finetune.num_train_epochs": 1}, r"did you mean `finetune\.epochs`\?"),
+        ({"finetune.per_device_train_batch_size": 1}, r"did you mean `finetune\.batch_size`\?"),
         ({"tranfer.lr": 1}, r"unknown key `tranfer` \(did you mean `transfer`\?\)"),
         ({"linearize": {"window_sise": 8}}, r"unknown key `linearize\.window_sise` .*`linearize\.window_size`"),
         ({"transfer.lr": "fast"}, r"`transfer\.lr` must be a finite number, got 'fast'"),
