@@ -19,6 +19,7 @@ from torch import Tensor
 from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,14 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """
     if kwargs.get("hybrid") is not None:
         return args, kwargs
-    kwargs = dict(kwargs)
-    mask, cache, positions = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+    cache, kwargs = given_cache(kwargs), {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     use_cache = kwargs.get("use_cache")
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     if cache is None and use_cache and not decoder.training:
-        cache = kwargs["past_key_values"] = HybridCache(decoder.config)
+        cache = HybridCache(decoder.config)
     if cache is not None and not isinstance(cache, HybridCache):
-        raise UserError(f"`past_key_values` of a linearized model must be a HybridCache, got {type(cache).__name__}")
+        raise UserError(f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}")
     if mask is not None and mask.dim() != 2:
         raise UserError(f"`attention_mask` of a linearized model must be [B, S], got {tuple(mask.shape)}")
     padding_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
@@ -137,6 +138,7 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         document_ids = document_ids.expand(len(next(x for x in inputs if x is not None)), -1)
         # Packed documents leave no single state behind.
-        kwargs["use_cache"], kwargs["past_key_values"], cache = False, None, None
+        kwargs["use_cache"], cache = False, None
+    kwargs[CACHE] = cache
     kwargs["hybrid"] = HybridContext(cache, padding_mask, document_ids, past_length=past_length)
     return args, kwargs

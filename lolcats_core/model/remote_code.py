@@ -18,7 +18,7 @@ from lolcats_common.files import write_text
 from lolcats_common.import_closure import import_closure
 
 ENTRY = "modeling_lolcats"
-MODEL = "lolcats_core.model.modeling"
+MODEL, VERSIONS = "lolcats_core.model.modeling", "lolcats_core.model.transformers_versions"
 _OURS = re.compile(r"^(\s*)from (lolcats_(?:common|core|kernels)[\w.]*) import", re.MULTILINE)
 
 
@@ -36,11 +36,25 @@ def write_code(folder: Path | str, classes: list[str]) -> None:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
         return
-    for module, file in import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton).items():
+    modules = import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton)
+    for module, file in modules.items():
         source = file.read_text(encoding="utf-8")
         write_text(folder / f"{_flat(module)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
-    names = ", ".join(sorted(classes))
-    write_text(folder / f"{ENTRY}.py", f"from .{_flat(MODEL)} import {names}  # noqa: F401\n")
+    write_text(folder / f"{ENTRY}.py", _entry(classes, list(modules)))
+
+
+def _entry(classes: list[str], modules: list[str]) -> str:
+    """The source of `modeling_lolcats.py`: a version that is out of the range is refused before anything else."""
+    lines = [
+        "from typing import TYPE_CHECKING",
+        "",
+        f"from .{_flat(VERSIONS)} import CACHE  # noqa: F401",
+        f"from .{_flat(MODEL)} import {', '.join(sorted(classes))}  # noqa: F401",
+        "",
+        "if TYPE_CHECKING:  # old versions of transformers copy the files named here and none that those name",
+        *(f"    from .{_flat(module)} import *" for module in modules),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _flat(module: str) -> str:

@@ -15,6 +15,7 @@ from lolcats_core import HybridCache, graphed_decoding, load_delta
 from lolcats_core.compute.device import resolve_device, seed_everything
 from lolcats_core.evaluation.generation import end_tokens
 from lolcats_core.export.delta import DELTA
+from lolcats_core.model.transformers_versions import CACHE
 from tasks.runner.logs import quiet_progress_bars
 
 RESET, EXIT = "/reset", "/exit"
@@ -64,8 +65,8 @@ class Generator:
             out: torch.Tensor = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 streamer=TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
+                **{CACHE: cache},
                 **self.options,
             )
         return out
