@@ -126,7 +126,7 @@ def _names(student: Any) -> dict[str, torch.Size]:
 
 
 def _bytes(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
-    return shape.numel() * (4 if ".feature_maps." in name and dtype != torch.float64 else dtype.itemsize)
+    return shape.numel() * (4 if ".feature_maps." in name else dtype.itemsize)
 
 
 def _shards(names: dict[str, torch.Size], limit: int, dtype: torch.dtype) -> Iterator[list[str]]:

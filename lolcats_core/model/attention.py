@@ -21,8 +21,6 @@ from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.softmax_attention import SoftmaxWindow, kept_attention, softmax_attention
 from lolcats_kernels.hybrid_attention import attend, decode_
 
-ATTENTION_NAME = "lolcats_hybrid"
-
 
 def hybrid_attention_forward(
     module: Any,
@@ -91,7 +89,7 @@ def student_attention(
     Returns:
         [B, T, H, D] in the dtype of `q`; zero at padding.
     """
-    weights, config = maps.operands(scores)
+    weights, config = maps(scores)
     if context.cu_seqlens is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))
         y: Any = attend(*packed, weights, config, cu_seqlens=context.cu_seqlens)

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
+
+ATTENTION_NAME = "lolcats_hybrid"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,18 @@ class HybridContext:
     document_ids: Tensor | None = None
     observer: LayerObserver | None = None
     past_length: int = 0
+    _elsewhere: dict[torch.device, HybridContext] = field(default_factory=dict, init=False, repr=False)
+
+    def to(self, device: torch.device | str | int, **_: Any) -> HybridContext:
+        """The same pass for layers on another device; accelerate asks for it where a model lies on several."""
+        device = torch.device(device)
+        tensors = [x for x in (self.padding_mask, self.document_ids) if x is not None]
+        if all(tensor.device == device for tensor in tensors):
+            return self
+        if device not in self._elsewhere:
+            mask, ids = (None if x is None else x.to(device) for x in (self.padding_mask, self.document_ids))
+            self._elsewhere[device] = replace(self, padding_mask=mask, document_ids=ids)
+        return self._elsewhere[device]
 
     @staticmethod
     def observed(observer: LayerObserver, position_ids: Tensor | None) -> HybridContext:
@@ -107,20 +122,50 @@ def document_numbers(position_ids: Tensor | None) -> Tensor | None:
     return F.pad(jumps.cumsum(-1), (1, 0)) if bool(jumps.any()) else None
 
 
+def check_attention(name: str | dict[str, str]) -> None:
+    """Refuse every attention function but the one that a linearized model has.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if name != ATTENTION_NAME:
+        raise UserError(f"`attn_implementation` of a linearized model must be {ATTENTION_NAME}, got {name!r}")
+
+
+def checkpoints(decoder: Any) -> bool:
+    """Whether a forward pass keeps the layers' inputs alone, for its backward pass to run them again."""
+    return decoder.training and getattr(decoder, "gradient_checkpointing", False)
+
+
+def _wants_cache(decoder: Any, asked: bool | None) -> bool:
+    trains = decoder.training and torch.is_grad_enabled()
+    return decoder.config.use_cache and not trains if asked is None else asked
+
+
+@lru_cache
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments that a decoder's method takes by position; they differ between families."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of the decoder: positions, cache and the `HybridContext` of the pass.
 
+    A cache is made where one is asked for, and where `use_cache` is not given but in training, which needs none.
+
     Raises:
-        UserError: a mask that is not [B, S], a foreign cache, or packed rows together with a cache.
+        UserError: a mask that is not [B, S], a foreign cache or attention function, attention weights are asked for, or
+            a cache together with packed rows or with gradient checkpointing.
     """
     if kwargs.get("hybrid") is not None:
         return args, kwargs
+    if args:
+        args, kwargs = (), dict(zip(_positional(type(decoder).forward), args, strict=False)) | kwargs
+    check_attention(decoder.config._attn_implementation)  # anyone who holds the configuration can change it
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise UserError("`output_attentions` of a linearized model must be False: it never builds attention weights")
     cache, kwargs = given_cache(kwargs), {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    use_cache = kwargs.get("use_cache")
-    use_cache = decoder.config.use_cache if use_cache is None else use_cache
-    if cache is None and use_cache and not decoder.training:
-        cache = HybridCache(decoder.config)
     if cache is not None and not isinstance(cache, HybridCache):
         raise UserError(f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}")
     if mask is not None and mask.dim() != 2:
@@ -134,11 +179,17 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     elif positions is not None and padding_mask is None and past_length == 0 and positions.shape[-1] > 1:
         document_ids = document_numbers(positions)
     if document_ids is not None:
-        # Some families give the ids by position.
-        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        document_ids = document_ids.expand(len(next(x for x in inputs if x is not None)), -1)
-        # Packed documents leave no single state behind.
-        kwargs["use_cache"], cache = False, None
-    kwargs[CACHE] = cache
+        rows = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        document_ids = document_ids.expand(len(rows), -1)
+    obstacle = None
+    if document_ids is not None:
+        obstacle = "packed rows (`position_ids` start again inside a row), which leave no single state behind"
+    elif checkpoints(decoder):
+        obstacle = "gradient checkpointing, which runs every layer twice"
+    if cache is not None and obstacle is not None:
+        raise UserError(f"`{CACHE}` must be None with {obstacle}")
+    if cache is None and obstacle is None and _wants_cache(decoder, kwargs.get("use_cache")):
+        cache = HybridCache(decoder.config)
+    kwargs[CACHE], kwargs["use_cache"] = cache, cache is not None
     kwargs["hybrid"] = HybridContext(cache, padding_mask, document_ids, past_length=past_length)
     return args, kwargs

@@ -13,18 +13,23 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
+from lolcats_core.model.attention import hybrid_attention_forward
+from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
-from lolcats_core.model.forward_context import prepare_inputs
+from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import fuse_rotary
 from lolcats_core.model.softmax_attention import SoftmaxWindow
+from lolcats_core.model.transformers_versions import CACHE, given_cache
+
+logger = logging.get_logger(__name__)
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -37,6 +42,8 @@ class LinearizedMixin:
     _is_stateful = True
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation is not None:
+            check_attention(config._attn_implementation)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
@@ -56,9 +63,27 @@ class LinearizedMixin:
         self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
         cast(PreTrainedModel, self).base_model.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `generate` keeps between its steps: the given cache, or a new `HybridCache`.
+
+        Raises:
+            UserError: another kind of cache is asked for.
+        """
+        asked, usual = generation_config.cache_implementation, self.generation_config.cache_implementation  # type: ignore[attr-defined]
+        if asked not in (None, usual):
+            raise UserError(f"`cache_implementation` of a linearized model must be None, got {asked!r}")
+        if asked is not None:
+            # Some teachers name one, and their students inherit it.
+            logger.warning_once(f"a linearized model's cache is a HybridCache; {asked!r} has no effect")
+            generation_config.cache_implementation = None
+        if generation_config.use_cache and checkpoints(cast(PreTrainedModel, self).base_model):
+            logger.warning_once("gradient checkpointing leaves no cache: `generate` reads the whole text at every step")
+            generation_config.use_cache = False
+        if generation_config.use_cache is not False and given_cache(model_kwargs) is None:
+            model_kwargs[CACHE] = HybridCache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """A linearized model has one attention function.
@@ -66,8 +91,7 @@ class LinearizedMixin:
         Raises:
             UserError: another one is asked for.
         """
-        if attn_implementation != ATTENTION_NAME:
-            raise UserError(f"a linearized model's attention is {ATTENTION_NAME}, got {attn_implementation!r}")
+        check_attention(attn_implementation)
 
     def save_pretrained(self, save_directory: Path | str, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the code beside the weights (`trust_remote_code` loads it without this package)."""

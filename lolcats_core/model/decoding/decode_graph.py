@@ -40,11 +40,12 @@ _PLAIN = {
 def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, `model`'s one-token steps replay a CUDA graph where they can; results are the same.
 
-    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models on a CPU run as they
-    did. Kept keys and values take up to half as much memory again (`static_kv`); where memory has run out, their steps
-    run as they did. The weights must not change meanwhile, and one thread at a time may call the model.
+    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models that do not lie on
+    one GPU run as they did. Kept keys and values take up to half as much memory again (`static_kv`); where memory has
+    run out, their steps run as they did. The weights must not change meanwhile, and one thread at a time may call the
+    model.
     """
-    if model.device.type != "cuda":
+    if model.device.type != "cuda" or len({parameter.device for parameter in model.parameters()}) > 1:
         yield
         return
     steps, plain = _Steps(model), model.forward
