@@ -68,7 +68,8 @@ class HybridContext:
     Attributes:
         cache: state to continue and to leave behind, or None.
         padding_mask: [B, S] bool, False at padding; None when nothing is padded.
-        document_ids: [B, T] int, number of each token's document in its row; None when every row is one document.
+        document_ids: [B, T] int, number of each token's document in its row, -1 at padding; None when every row is one
+            document.
         observer: stage 1: every layer computes its softmax output, shows it here and passes it on (teacher forcing).
         past_length: number of tokens before the new ones, S - T.
     """
@@ -103,23 +104,62 @@ class HybridContext:
         return None if new is None or bool(new.all()) else new
 
     @cached_property
+    def _real_first(self) -> Tensor | None:
+        """[B, T] columns of the new tokens, real ones first and in their order; None when none of them is padding."""
+        return None if self.new_padding_mask is None else real_first(self.new_padding_mask)
+
+    def to_front(self, x: Tensor) -> Tensor:
+        """x [B, T, H, D] with each row's real tokens in front, so that padding enters no chunk and no state."""
+        order = self._real_first
+        return x if order is None else x.gather(1, order[:, :, None, None].expand_as(x))
+
+    def to_places(self, x: Tensor) -> Tensor:
+        """The inverse of `to_front`, zero at padding."""
+        order, real = self._real_first, self.new_padding_mask
+        if order is None or real is None:
+            return x
+        placed = torch.empty_like(x).scatter(1, order[:, :, None, None].expand_as(x), x)
+        return placed.masked_fill(~real[:, :, None, None], 0)
+
+    @cached_property
     def cu_seqlens(self) -> Tensor | None:
-        """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers."""
+        """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers.
+
+        Of rows with their real tokens in front; the padding behind them counts as a document.
+        """
         if self.document_ids is None:
             return None
-        rows, tokens = self.document_ids.shape
-        starts = torch.ones(rows, tokens, dtype=torch.bool, device=self.document_ids.device)
-        starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        ids = self.document_ids if self._real_first is None else self.document_ids.gather(1, self._real_first)
+        starts = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         first = starts.flatten().nonzero()[:, 0]
-        return torch.cat([first, first.new_tensor([rows * tokens])])
+        return torch.cat([first, first.new_tensor([ids.numel()])])
 
 
-def document_numbers(position_ids: Tensor | None) -> Tensor | None:
-    """[B, T] number of each token's document where positions start again inside a row; None where none does."""
+def document_numbers(position_ids: Tensor | None, real: Tensor | None = None) -> Tensor | None:
+    """[B, T] number of each token's document where positions start again inside a row; None where none does.
+
+    Args:
+        position_ids: [B or 1, T], or None. real: [B, T], False at padding, whose positions say nothing and whose number
+            is -1; None when nothing is padded.
+    """
     if position_ids is None:
         return None
-    jumps = position_ids.diff(dim=-1) != 1
-    return F.pad(jumps.cumsum(-1), (1, 0)) if bool(jumps.any()) else None
+    if real is None:
+        jumps = position_ids.diff(dim=-1) != 1
+        return F.pad(jumps.cumsum(-1), (1, 0)) if bool(jumps.any()) else None
+    order = real_first(real)
+    ordered, present = position_ids.expand_as(real).gather(1, order), real.gather(1, order)
+    jumps = (ordered.diff(dim=-1) != 1) & present[:, 1:]
+    if not bool(jumps.any()):
+        return None
+    numbers = F.pad(jumps.cumsum(-1), (1, 0)).masked_fill(~present, -1)
+    return torch.empty_like(numbers).scatter(1, order, numbers)
+
+
+def real_first(real: Tensor) -> Tensor:
+    """[B, T] columns of each row, those where `real` [B, T] is True first, in their order."""
+    return (~real).to(torch.int8).argsort(dim=1, stable=True)
 
 
 def check_attention(name: str | dict[str, str]) -> None:
@@ -176,8 +216,8 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if positions is None and padding_mask is not None:
         # Features depend on absolute positions, so padding must not count.
         kwargs["position_ids"] = (padding_mask.cumsum(1) - 1).clamp(min=0)[:, past_length:]
-    elif positions is not None and padding_mask is None and past_length == 0 and positions.shape[-1] > 1:
-        document_ids = document_numbers(positions)
+    elif positions is not None and past_length == 0 and positions.shape[-1] > 1:
+        document_ids = document_numbers(positions, padding_mask)
     if document_ids is not None:
         rows = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         document_ids = document_ids.expand(len(rows), -1)
