@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridLayer, KeptLayer
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.forward_context import HybridContext, LayerCall
@@ -42,6 +43,11 @@ def hybrid_attention_forward(
     Returns:
         [B, T, H, D] in the dtype of `query`, and None for the weights, which are never built.
     """
+    if not hasattr(module, "softmax_window"):
+        raise UserError(
+            f"{type(module).__name__} is an attention layer of a softmax model, but the checkpoint is a linearized"
+            " model; load it with AutoModelForCausalLM"
+        )
     context = HybridContext() if hybrid is None else hybrid
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     maps = getattr(module, "feature_maps", None)

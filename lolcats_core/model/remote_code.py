@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lolcats_common.files import write_text
@@ -22,12 +23,12 @@ MODEL, VERSIONS = "lolcats_core.model.modeling", "lolcats_core.model.transformer
 _OURS = re.compile(r"^(\s*)from (lolcats_(?:common|core|kernels)[\w.]*) import", re.MULTILINE)
 
 
-def auto_map(config_class: str, model_class: str) -> dict[str, str]:
-    """What config.json says about where the classes are."""
-    return {"AutoConfig": f"{ENTRY}.{config_class}", "AutoModelForCausalLM": f"{ENTRY}.{model_class}"}
+def auto_map(classes: Mapping[str, type]) -> dict[str, str]:
+    """What config.json says about where the classes, by their Auto classes, are."""
+    return {auto: f"{ENTRY}.{each.__name__}" for auto, each in classes.items()}
 
 
-def write_code(folder: Path | str, classes: list[str]) -> None:
+def write_code(folder: Path | str, classes: Iterable[type]) -> None:
     """Write `modeling_lolcats.py`, which offers `classes`, and every module behind it."""
     folder = Path(folder)
     if not __name__.startswith("lolcats_core."):
@@ -40,7 +41,7 @@ def write_code(folder: Path | str, classes: list[str]) -> None:
     for module, file in modules.items():
         source = file.read_text(encoding="utf-8")
         write_text(folder / f"{_flat(module)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
-    write_text(folder / f"{ENTRY}.py", _entry(classes, list(modules)))
+    write_text(folder / f"{ENTRY}.py", _entry(sorted(each.__name__ for each in classes), list(modules)))
 
 
 def _entry(classes: list[str], modules: list[str]) -> str:
@@ -49,7 +50,7 @@ def _entry(classes: list[str], modules: list[str]) -> str:
         "from typing import TYPE_CHECKING",
         "",
         f"from .{_flat(VERSIONS)} import CACHE  # noqa: F401",
-        f"from .{_flat(MODEL)} import {', '.join(sorted(classes))}  # noqa: F401",
+        f"from .{_flat(MODEL)} import {', '.join(classes)}  # noqa: F401",
         "",
         "if TYPE_CHECKING:  # old versions of transformers copy the files named here and none that those name",
         *(f"    from .{_flat(module)} import *" for module in modules),

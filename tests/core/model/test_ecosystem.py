@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES
 from lolcats_core.model.forward_context import HybridContext
-from lolcats_core.model.modeling import named_map_parameters
+from lolcats_core.model.modeling import auto_classes, linearize, named_map_parameters
 from lolcats_core.model.transformers_versions import CACHE
-from tests.core.tiny import BOUNDED, tiny_student, tokens
+from tests.core.tiny import BOUNDED, SETTINGS, tiny_student, tiny_teacher, tokens
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -97,6 +106,83 @@ def test_another_attention_function_is_refused_by_name_wherever_it_is_asked_for(
     model.config._attn_implementation = name
     with pytest.raises(UserError, match=said):
         model(ids)
+
+
+# Other classes
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_automodel_is_the_decoder_of_every_family(family: str, tmp_path: Path) -> None:
+    model, ids = tiny_student(family), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    model.save_pretrained(tmp_path)
+    decoder = AutoModel.from_pretrained(tmp_path)
+    # By position, as embedding libraries call a decoder.
+    found, expected = decoder(ids, mask), model.base_model(input_ids=ids, attention_mask=mask)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    decoder.save_pretrained(tmp_path / "again")
+    again = AutoModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids, mask).last_hidden_state, expected.last_hidden_state)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_a_classifier_has_the_student_s_decoder_wherever_the_family_has_a_classifier(
+    family: str, tmp_path: Path
+) -> None:
+    model, ids = tiny_student(family), tokens(2, 20)
+    model.save_pretrained(tmp_path)
+    if "AutoModelForSequenceClassification" not in auto_classes(model.config):
+        assert family == "granite"
+        with pytest.raises(ValueError, match="LolcatsGraniteConfig"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+        return
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    hidden = classifier.base_model(ids).last_hidden_state
+    assert torch.equal(hidden, model.base_model(ids).last_hidden_state)
+    assert torch.equal(classifier(ids).logits, classifier.score(hidden)[:, -1])
+    classifier.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(ids).logits, classifier(ids).logits)
+
+
+def test_a_softmax_class_refuses_a_student(tmp_path: Path) -> None:
+    model, ids = tiny_student(), tokens(1, 9)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="LlamaAttention is an attention layer of a softmax model, but the checkpoint"):
+        LlamaForCausalLM.from_pretrained(tmp_path)(ids)
+
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+from transformers import LlamaForCausalLM
+try:
+    LlamaForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    assert "lolcats_hybrid" in str(error), error
+else:
+    raise SystemExit("loaded")
+"""
+
+
+def test_a_softmax_class_refuses_a_student_where_this_package_is_not_installed(tmp_path: Path) -> None:
+    tiny_student().save_pretrained(tmp_path)
+    subprocess.run([sys.executable, "-c", WITHOUT_THIS_PACKAGE, str(tmp_path)], check=True, cwd=tmp_path)
+
+
+def test_a_linearized_class_refuses_a_teacher_and_a_teacher_without_a_language_model_head_is_refused(
+    tmp_path: Path,
+) -> None:
+    teacher = tiny_teacher()
+    teacher.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="`config` of LolcatsLlamaForCausalLM has no `linearize`"):
+        type(tiny_student()).from_pretrained(tmp_path)
+    for auto in (AutoModel, AutoModelForSequenceClassification):
+        model = auto.from_pretrained(tmp_path)
+        with pytest.raises(UserError, match=f"must be a causal language model; {type(model).__name__} has no "):
+            linearize(model, SETTINGS)
 
 
 # accelerate
