@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, TextStreamer
 
 from lolcats_common.errors import UserError
 from lolcats_core import HybridCache, graphed_decoding, load_delta
@@ -25,7 +25,7 @@ class Generator:
     """A model with its tokenizer, and how to take the next token; `temperature` 0 decodes greedily."""
 
     def __init__(self, path: Path, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
-        """Load a merged model or a delta.
+        """Load a merged model, a delta or a model with softmax attention, such as the teacher.
 
         Raises:
             UserError: the model does not load.
@@ -59,7 +59,12 @@ class Generator:
         ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
         return ids.to(device=self.model.device, dtype=torch.long)
 
-    def stream(self, ids: torch.Tensor, cache: HybridCache | None = None, skip_prompt: bool = True) -> torch.Tensor:
+    def empty_cache(self) -> Cache:
+        """A decode state that has seen nothing."""
+        config = self.model.config
+        return HybridCache(config) if hasattr(config, "linearize") else DynamicCache(config=config)
+
+    def stream(self, ids: torch.Tensor, cache: Cache | None = None, skip_prompt: bool = True) -> torch.Tensor:
         """Print the continuation of `ids` [1, T], of which `cache` may have seen a beginning; all ids [1, T + new]."""
         with graphed_decoding(self.model):
             out: torch.Tensor = self.model.generate(
@@ -98,7 +103,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.text = ""  # the conversation so far as the model has it, without the last reply's end token
         self.ids = torch.empty(1, 0, dtype=torch.long, device=self.generator.model.device)
-        self.cache = HybridCache(self.generator.model.config)
+        self.cache = self.generator.empty_cache()
 
     def reply(self, line: str) -> None:
         """Print the model's answer to `line` (with a chat template) or its continuation of the text (without)."""
