@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
@@ -34,7 +35,7 @@ class FeatureMaps(nn.Module):
     `groups` says which of the layer's kv groups have them; those that keep softmax attention have none. `active` says
     which branches of these heads are on (`branches.without_branch`).
 
-    Parameters (float32 unless the model is float64, whatever the model's dtype: steps of 1e-2 are lost in bf16):
+    Parameters (float32, whatever the model's dtype: steps of 1e-2 are lost in bf16):
         w_q [H, D, F], w_k [H or Hk, D, F], b_q, b_k (with `feature_map_bias`), and
         window_factor [H], whose sigmoid is gamma; with `linear_decay` also decay [heads of the key map], its logit.
     """
@@ -88,8 +89,20 @@ class FeatureMaps(nn.Module):
             if factor is not None and value is not None:
                 factor.fill_(math.log(value / (1 - value)))
 
-    def operands(self, scores: Scores) -> tuple[HybridWeights, HybridConfig]:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureMaps:
+        """Move the maps with the model, but leave their dtype: `.half()` and loading in fp16 give the same model."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        applied: FeatureMaps = super()._apply(moved, recurse)
+        return applied
+
+    def forward(self, scores: Scores) -> tuple[HybridWeights, HybridConfig]:
         """What the operator takes besides q, k and v, for the branches that are active.
+
+        As a call of the module, so that hooks around it (accelerate's fetch offloaded parameters) run before it.
 
         Args:
             scores: of the layer that the maps belong to.

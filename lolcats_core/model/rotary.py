@@ -6,6 +6,7 @@ that module, in which the name stands for the kernel; neither transformers' modu
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,7 +21,7 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 def fuse_rotary(layer: nn.Module) -> None:
     """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was."""
-    forward: Any = type(layer).forward
+    forward: Any = inspect.unwrap(type(layer).forward)  # transformers wraps it while it renames an argument
     code = getattr(forward, "__code__", None)  # none of a forward that is no plain function
     if code is None or NAME not in code.co_names:
         return

@@ -61,7 +61,7 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
-        y = cast(Tensor, attend(q, k, v, *maps.operands(scores), cu_seqlens=call.context.cu_seqlens))
+        y = cast(Tensor, attend(q, k, v, *maps(scores), cu_seqlens=call.context.cu_seqlens))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 
     def choose(factor: Tensor, values: tuple[float, ...]) -> None:
