@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +36,14 @@ class HybridState:
     sink_k: Tensor | None = None
     sink_v: Tensor | None = None
 
-    def map(self, function: object) -> HybridState:
+    def map(self, function: Callable[[Tensor], Tensor]) -> HybridState:
         """A state with `function` applied to every tensor (all have the batch as first dimension)."""
-        return HybridState(*(None if x is None else function(x) for x in vars(self).values()))  # type: ignore[operator]
+        mapped: Any = (None if x is None else function(x) for x in vars(self).values())
+        return HybridState(*mapped)
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        return [x for x in vars(self).values() if x is not None]
 
 
 def ring_slots(window: str, window_size: int) -> int:
