@@ -53,6 +53,12 @@ class LayerCall:
         q, k, v, y_true = (x.flatten(0, 1)[None] for x in tensors)
         return q, k, v, y_true
 
+    def positions(self) -> Tensor:
+        """[T] of `as_packed`: each token's position in its sequence."""
+        column = torch.arange(self.as_packed()[0].shape[1], device=self.q.device)
+        starts = self.context.cu_seqlens
+        return column if starts is None else column - starts[torch.bucketize(column, starts, right=True) - 1]
+
 
 LayerObserver = Callable[[LayerCall], None]
 

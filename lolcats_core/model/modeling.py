@@ -36,7 +36,7 @@ from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
-from lolcats_core.model.rotary import fuse_rotary
+from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
 from lolcats_core.model.softmax_attention import SoftmaxWindow
 from lolcats_core.model.transformers_versions import CACHE, given_cache
 
@@ -68,7 +68,7 @@ class LinearizedMixin:
             del decoder.linearized
             return
         settings = LinearizeConfig.from_dict(config.linearize)
-        head_dim = family_of(config).head_dim
+        head_dim, decoder = family_of(config).head_dim, cast(PreTrainedModel, self).base_model
         for layer in attention_layers(cast(nn.Module, self)):
             local = layer.layer_idx in local_layers(config)
             window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
@@ -77,7 +77,9 @@ class LinearizedMixin:
             if layer.layer_idx not in softmax_layers(config):
                 groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
                 queries = config.num_attention_heads // groups.count
-                layer.feature_maps = FeatureMaps(settings, groups, queries, getattr(layer, head_dim))
+                maps = FeatureMaps(settings, groups, queries, getattr(layer, head_dim))
+                maps.rotary = layer_rotary(decoder, layer, family_of(config).rotary_interleaved)
+                layer.feature_maps = maps
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
         # refuses to put them onto the softmax teacher, whose other modules have the same names.
         self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
@@ -213,6 +215,11 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
         if len(kept) == groups:
             raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
+    changing = changing_frequencies(config)
+    if settings.feature_positions == "unrotated" and changing is not None:
+        raise UserError(
+            f"`feature_positions: unrotated` needs rotary embeddings with fixed frequencies, got rope_type {changing!r}"
+        )
     own = None if local_layers(config) else getattr(config, "sliding_window", None)
     if settings.softmax_window is not None and own is not None and settings.softmax_window >= own:
         raise UserError(

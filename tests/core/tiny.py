@@ -24,6 +24,16 @@ SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
 MIXED = LinearizeConfig(window_size=8, feature_dim=8, softmax_layers=(1,), softmax_heads={2: (1,)})
 # The same with a state of constant size.
 BOUNDED = dataclasses.replace(MIXED, softmax_window=10, softmax_sinks=3)
+# Two means of values, mixed; first tokens in every softmax, features of unrotated q and k.
+MIXTURE = dataclasses.replace(
+    MIXED,
+    feature_dim=4,
+    window_sinks=3,
+    combine="mixture",
+    feature_positions="unrotated",
+    k_map_per="kv_head",
+    linear_decay=0.9,
+)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

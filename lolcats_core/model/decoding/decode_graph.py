@@ -101,7 +101,10 @@ class _Steps:
         if mask is not None:
             # Without waiting for the device; a new token that is padding would enter the state.
             torch._assert_async(mask[:, -1].all(), "a decoding step's tokens must not be padding")
-        key = (*ids.shape, *(tensor.data_ptr() for state in states for tensor in vars(state).values()))
+        key = (
+            *ids.shape,
+            *(tensor.data_ptr() for state in states for tensor in vars(state).values() if tensor is not None),
+        )
         # The first step compiles and warms up what the second records.
         again, self.last = key == self.last, key
         return again

@@ -13,11 +13,11 @@ from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES
 from lolcats_core.model.modeling import linearize
 from lolcats_core.model.transformers_versions import CACHE
-from tests.core.tiny import BOUNDED, MIXED, decode, padded, tiny_student, tiny_teacher, tokens
+from tests.core.tiny import BOUNDED, MIXED, MIXTURE, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
-settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["mixed", "bounded"])
+settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED, MIXTURE], ids=["mixed", "bounded", "mixture"])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def test_packed_rows_and_a_cache_are_refused_together() -> None:
 @settings
 @torch.no_grad()
 def test_prefill_at_any_split_and_steps_give_the_full_pass(family: str, settings: LinearizeConfig) -> None:
-    model, ids = tiny_student(family, settings), tokens(2, 41)
+    model, ids = tiny_student(family, settings, dtype=torch.float64), tokens(2, 41)
     full = model(ids, use_cache=False).logits
     for split in (1, 7, 8, 9, 15, 16, 17, 23, 24, 40):
         close(decode(model, ids, split), full)
