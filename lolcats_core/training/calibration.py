@@ -56,7 +56,7 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + call.index)
     maps, scores = call.maps, call.scores
     q, k, v, y_true = call.as_packed()
-    weights, config = maps.operands(scores)
+    weights, config = maps(scores)
     positions = call.positions().to(k.device)
     plain = unrotate(k.transpose(1, 2), positions, weights.frequencies, config.rotary_interleaved).transpose(1, 2)
     wide = plain.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
