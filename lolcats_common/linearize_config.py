@@ -49,7 +49,9 @@ class LinearizeConfig:
             to kv heads, each with the query heads it serves. Text keys, as JSON makes them, count as numbers.
         softmax_window: newest tokens that those layers and heads see; their cache is then bounded, and with it the
             whole state, whatever the length of the sequence. None: all tokens.
-        softmax_sinks: first tokens of the sequence that they see besides their `softmax_window` (arXiv 2309.17453).
+        softmax_windows: windows of single kv groups of those layers and heads, in place of `softmax_window`: layer to
+            kv head to newest tokens. Groups without an entry see `softmax_window`, or all tokens.
+        softmax_sinks: first tokens of the sequence that groups with a window see besides (arXiv 2309.17453).
         init_window_factor: initial share gamma of the softmax part, in (0, 1).
         linear_factor: weight alpha of the linear part, ``one`` or ``affine`` (1 - gamma).
         linear_decay: initial factor by which a token's weight in the linear part shrinks with each later token, learned
@@ -74,6 +76,7 @@ class LinearizeConfig:
     softmax_layers: tuple[int, ...] = ()
     softmax_heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict, hash=False)
     softmax_window: int | None = None
+    softmax_windows: Mapping[int, Mapping[int, int]] = field(default_factory=dict, hash=False)
     softmax_sinks: int = 0
     init_window_factor: float = 0.1
     linear_factor: Literal["one", "affine"] = "one"
@@ -84,6 +87,7 @@ class LinearizeConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "softmax_layers", tuple(sorted(set(self.softmax_layers))))
         object.__setattr__(self, "softmax_heads", _kept_heads(self.softmax_heads))
+        object.__setattr__(self, "softmax_windows", _windows(self.softmax_windows))
         size = self.window_size
         if size < 4 or (size & (size - 1) and size % 64):
             raise UserError(f"`window_size` must be a power of two of at least 4 or a multiple of 64, got {size}")
@@ -114,11 +118,36 @@ class LinearizeConfig:
             raise UserError(f"layer {twice[0]} is in `softmax_layers` and in `softmax_heads`; name it in one of them")
         if self.softmax_window is not None and self.softmax_window < 2:
             raise UserError(f"`softmax_window` must be null or at least 2, got {self.softmax_window}")
-        if not 0 <= self.softmax_sinks < (self.softmax_window or 1):
+        self._check_windows()
+
+    def _check_windows(self) -> None:
+        for layer, windows in self.softmax_windows.items():
+            for head, size in windows.items():
+                name = f"`softmax_windows` of layer {layer}, kv head {head}"
+                if layer not in self.softmax_layers and head not in self.softmax_heads.get(layer, ()):
+                    raise UserError(f"{name}, must be of a group in `softmax_layers` or `softmax_heads`")
+                if size < 2:
+                    raise UserError(f"{name}, must be at least 2, got {size}")
+        sizes = [size for windows in self.softmax_windows.values() for size in windows.values()]
+        sizes += [] if self.softmax_window is None else [self.softmax_window]
+        if not 0 <= self.softmax_sinks < min(sizes, default=1):
+            name = "`softmax_window`" if min(sizes, default=None) == self.softmax_window else "all `softmax_windows`"
             raise UserError(
-                f"`softmax_sinks` must be at least 0 and below `softmax_window` ({self.softmax_window}),"
+                f"`softmax_sinks` must be at least 0 and below {name} ({min(sizes, default=None)}),"
                 f" got {self.softmax_sinks}"
             )
+
+    def softmax_parts(self, layer: int, groups: int) -> dict[int | None, tuple[int, ...]]:
+        """The kv groups of a layer of `groups` that keep softmax attention, by the newest tokens they see (None: all).
+
+        Local layers (`local_layers`) are the caller's to tell: they stay as they are.
+        """
+        parts: dict[int | None, tuple[int, ...]] = {}
+        kept = range(groups) if layer in self.softmax_layers else self.softmax_heads.get(layer, ())
+        for head in kept:
+            size = self.softmax_windows.get(layer, {}).get(head, self.softmax_window)
+            parts[size] = (*parts.get(size, ()), head)
+        return parts
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearizeConfig:
@@ -156,22 +185,46 @@ class LinearizeConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's config.json."""
         heads = {str(layer): list(kept) for layer, kept in self.softmax_heads.items()}
-        return {**asdict(self), "softmax_layers": list(self.softmax_layers), "softmax_heads": heads}
+        windows = {
+            str(layer): {str(head): size for head, size in sizes.items()}
+            for layer, sizes in self.softmax_windows.items()
+        }
+        values = {**asdict(self), "softmax_layers": list(self.softmax_layers), "softmax_heads": heads}
+        return {**values, "softmax_windows": windows}
 
 
 def _kept_heads(given: Mapping[Any, Any]) -> dict[int, tuple[int, ...]]:
     """`softmax_heads` in order, with numbers as keys and without layers that keep nothing."""
-    kept: dict[int, tuple[int, ...]] = {}
-    for key, heads in given.items():
-        layer = int(key) if str(key).isdecimal() else -1
-        if layer < 0:
-            raise UserError(f"`softmax_heads` must have layer indices of at least 0 as keys, got {key!r}")
-        if layer in kept:
-            raise UserError(f"`softmax_heads` names layer {layer} twice")
+    kept = _by_layer("softmax_heads", given)
+    for layer, heads in kept.items():
         if any(head < 0 for head in heads):
             raise UserError(f"`softmax_heads` of layer {layer} must be kv heads of at least 0, got {min(heads)}")
-        kept[layer] = tuple(sorted(set(heads)))
-    return {layer: kept[layer] for layer in sorted(kept) if kept[layer]}
+    return {layer: tuple(sorted(set(heads))) for layer, heads in kept.items() if heads}
+
+
+def _windows(given: Mapping[Any, Any]) -> dict[int, dict[int, int]]:
+    """`softmax_windows` in order, with numbers as keys and without layers that name none."""
+    windows: dict[int, dict[int, int]] = {}
+    for layer, sizes in _by_layer("softmax_windows", given).items():
+        by_head = {int(head) if str(head).isdecimal() else -1: size for head, size in sizes.items()}
+        if -1 in by_head or len(by_head) < len(sizes):
+            keys = ", ".join(map(repr, sizes))
+            raise UserError(f"`softmax_windows` of layer {layer} must have kv heads as keys, each once, got {keys}")
+        windows[layer] = {head: by_head[head] for head in sorted(by_head)}
+    return {layer: sizes for layer, sizes in windows.items() if sizes}
+
+
+def _by_layer(name: str, given: Mapping[Any, Any]) -> dict[int, Any]:
+    """A mapping of layers in order, with numbers as keys."""
+    found: dict[int, Any] = {}
+    for key, value in given.items():
+        layer = int(key) if str(key).isdecimal() else -1
+        if layer < 0:
+            raise UserError(f"`{name}` must have layer indices of at least 0 as keys, got {key!r}")
+        if layer in found:
+            raise UserError(f"`{name}` names layer {layer} twice")
+        found[layer] = value
+    return {layer: found[layer] for layer in sorted(found)}
 
 
 def local_layers(config: Any) -> tuple[int, ...]:
@@ -185,6 +238,6 @@ def local_layers(config: Any) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
 
-def softmax_layers(config: Any) -> tuple[int, ...]:
-    """Layers of a linearized model's config that keep softmax attention: those chosen and the local ones."""
-    return tuple(sorted({*LinearizeConfig.from_dict(config.linearize).softmax_layers, *local_layers(config)}))
+def kv_heads(config: Any) -> int:
+    """Key/value heads of each layer of a transformers config."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

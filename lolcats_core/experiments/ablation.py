@@ -93,6 +93,7 @@ def published_trial(params: Params, budget: Budget) -> Trial:
         k_map_per="query_head",
         softmax_layers=(),
         softmax_heads={},
+        softmax_windows={},
     )
     finetune = dataclasses.replace(
         params.finetune,

@@ -28,16 +28,15 @@ from transformers import (
 from transformers.utils import logging
 
 from lolcats_common.errors import UserError
-from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
+from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
 from lolcats_core.model.attention import hybrid_attention_forward
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
-from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
-from lolcats_core.model.softmax_attention import SoftmaxWindow
+from lolcats_core.model.softmax_attention import KeptGroups
 from lolcats_core.model.transformers_versions import CACHE, given_cache
 
 logger = logging.get_logger(__name__)
@@ -70,14 +69,11 @@ class LinearizedMixin:
         settings = LinearizeConfig.from_dict(config.linearize)
         head_dim, decoder = family_of(config).head_dim, cast(PreTrainedModel, self).base_model
         for layer in attention_layers(cast(nn.Module, self)):
-            local = layer.layer_idx in local_layers(config)
-            window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
-            layer.softmax_window = SoftmaxWindow() if local else window
+            kept = layer.kept = KeptGroups.of(config, layer.layer_idx)
             fuse_rotary(layer)
-            if layer.layer_idx not in softmax_layers(config):
-                groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
-                queries = config.num_attention_heads // groups.count
-                maps = FeatureMaps(settings, groups, queries, getattr(layer, head_dim))
+            if kept.groups.linear:
+                queries = config.num_attention_heads // kept.groups.count
+                maps = FeatureMaps(settings, kept.groups, queries, getattr(layer, head_dim))
                 maps.rotary = layer_rotary(decoder, layer, family_of(config).rotary_interleaved)
                 layer.feature_maps = maps
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
@@ -202,7 +198,7 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
     if reason is not None:
         raise UserError(reason)
     layers, groups = config.num_hidden_layers, kv_heads(config)
-    for name in ("softmax_layers", "softmax_heads"):
+    for name in ("softmax_layers", "softmax_heads", "softmax_windows"):
         beyond = [layer for layer in getattr(settings, name) if layer >= layers]
         if beyond:
             raise UserError(f"`{name}` must be below the {layers} layers, got {beyond[0]}")
@@ -220,16 +216,18 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
         raise UserError(
             f"`feature_positions: unrotated` needs rotary embeddings with fixed frequencies, got rope_type {changing!r}"
         )
+    for layer, windows in settings.softmax_windows.items():
+        if layer in local_layers(config):
+            raise UserError(f"layer {layer} in `softmax_windows` is a local layer, which has a window of its own")
+        if max(windows) >= groups:
+            raise UserError(
+                f"`softmax_windows` of layer {layer} must be below its {groups} kv heads, got {max(windows)}"
+            )
     own = None if local_layers(config) else getattr(config, "sliding_window", None)
-    if settings.softmax_window is not None and own is not None and settings.softmax_window >= own:
-        raise UserError(
-            f"`softmax_window` must be below the teacher's own sliding window of {own}, got {settings.softmax_window}"
-        )
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """Key/value heads of each layer."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sizes = {f"`softmax_windows` of layer {i}": max(sizes.values()) for i, sizes in settings.softmax_windows.items()}
+    for name, size in {"`softmax_window`": settings.softmax_window, **sizes}.items():
+        if size is not None and own is not None and size >= own:
+            raise UserError(f"{name} must be below the teacher's own sliding window of {own}, got {size}")
 
 
 def attention_layers(model: nn.Module) -> list[Any]:

@@ -34,6 +34,8 @@ MIXTURE = dataclasses.replace(
     k_map_per="kv_head",
     linear_decay=0.9,
 )
+# Groups of one layer with windows of their own beside others that see everything or are linearized.
+RINGS = dataclasses.replace(MIXED, softmax_layers=(0,), softmax_windows={0: {0: 10}, 2: {1: 17}}, softmax_sinks=3)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -96,7 +96,7 @@ class _Steps:
         if not isinstance(cache, HybridCache) or (mask is not None and mask.dim() != 2):
             return False
         states = [layer.state for layer in cache.layers if isinstance(layer, HybridLayer)]
-        if not states or any(state is None for state in states):
+        if cache.get_seq_length() == 0 or any(state is None for state in states):
             return False
         if mask is not None:
             # Without waiting for the device; a new token that is padding would enter the state.
@@ -129,10 +129,10 @@ class _Steps:
     def run(self, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
         """One step: `input_ids` [B, 1] → logits [B, 1, V]."""
         ids, cache = kwargs["input_ids"], given_cache(kwargs)
-        state: Any = next(layer.state for layer in cache.layers if isinstance(layer, HybridLayer))
-        # Each sequence counts its own real tokens.
         positions = kwargs.get("position_ids")
-        positions = state.length[:, None] if positions is None else positions.expand(ids.shape)
+        if positions is None:
+            positions = self._positions(ids, cache, kwargs.get("attention_mask"))
+        positions = positions.expand(ids.shape)
         kept = cache.kept_layers()
         assert self.last is not None
         addresses = (*self.last, *(address for layer in kept for address in layer.addresses()))
@@ -152,6 +152,14 @@ class _Steps:
         assert self.graph is not None
         self.graph.replay()
         return _output(self.logits.clone(), cache)
+
+    def _positions(self, ids: Tensor, cache: HybridCache, mask: Tensor | None) -> Tensor:
+        """[B, 1] of the new tokens: each sequence counts its own real tokens."""
+        for layer in cache.layers:
+            if isinstance(layer, HybridLayer):
+                assert layer.state is not None
+                return layer.state.length[:, None]
+        return torch.full_like(ids, cache.get_seq_length()) if mask is None else mask.sum(1, keepdim=True) - 1
 
     def _forget(self) -> None:
         """Free the graph and its memory."""
