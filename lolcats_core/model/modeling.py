@@ -211,6 +211,11 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
         if len(kept) == groups:
             raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
+    changing = changing_frequencies(config)
+    if settings.feature_positions == "unrotated" and changing is not None:
+        raise UserError(
+            f"`feature_positions: unrotated` needs rotary embeddings with fixed frequencies, got rope_type {changing!r}"
+        )
     for layer, windows in settings.softmax_windows.items():
         if layer in local_layers(config):
             raise UserError(f"layer {layer} in `softmax_windows` is a local layer, which has a window of its own")
@@ -218,11 +223,6 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(
                 f"`softmax_windows` of layer {layer} must be below its {groups} kv heads, got {max(windows)}"
             )
-    changing = changing_frequencies(config)
-    if settings.feature_positions == "unrotated" and changing is not None:
-        raise UserError(
-            f"`feature_positions: unrotated` needs rotary embeddings with fixed frequencies, got rope_type {changing!r}"
-        )
     own = None if local_layers(config) else getattr(config, "sliding_window", None)
     sizes = {f"`softmax_windows` of layer {i}": max(sizes.values()) for i, sizes in settings.softmax_windows.items()}
     for name, size in {"`softmax_window`": settings.softmax_window, **sizes}.items():

@@ -24,8 +24,6 @@ SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
 MIXED = LinearizeConfig(window_size=8, feature_dim=8, softmax_layers=(1,), softmax_heads={2: (1,)})
 # The same with a state of constant size.
 BOUNDED = dataclasses.replace(MIXED, softmax_window=10, softmax_sinks=3)
-# Groups of one layer with windows of their own beside others that see everything or are linearized.
-RINGS = dataclasses.replace(MIXED, softmax_layers=(0,), softmax_windows={0: {0: 10}, 2: {1: 17}}, softmax_sinks=3)
 # Two means of values, mixed; first tokens in every softmax, features of unrotated q and k.
 MIXTURE = dataclasses.replace(
     MIXED,
@@ -36,6 +34,8 @@ MIXTURE = dataclasses.replace(
     k_map_per="kv_head",
     linear_decay=0.9,
 )
+# Groups of one layer with windows of their own beside others that see everything or are linearized.
+RINGS = dataclasses.replace(MIXED, softmax_layers=(0,), softmax_windows={0: {0: 10}, 2: {1: 17}}, softmax_sinks=3)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -16,10 +16,9 @@ from lolcats_core.model.transformers_versions import CACHE
 from tests.core.tiny import BOUNDED, MIXED, MIXTURE, RINGS, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")
+STUDENTS = {"mixed": MIXED, "bounded": BOUNDED, "rings": RINGS, "mixture": MIXTURE}
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
-settings = pytest.mark.parametrize(
-    "settings", [MIXED, BOUNDED, RINGS, MIXTURE], ids=["mixed", "bounded", "rings", "mixture"]
-)
+settings = pytest.mark.parametrize("settings", STUDENTS.values(), ids=STUDENTS.keys())
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
