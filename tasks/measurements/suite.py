@@ -21,9 +21,10 @@ from lolcats_common.progress import progress
 from lolcats_common.records import Audit, Positions, StateBytes
 from lolcats_core import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.special_tokens import begin_ids, special_ids
 from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
-from lolcats_core.evaluation.recall import copy_recall, special_ids
+from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import ResultCache
 from lolcats_core.model.decoding.state_size import state_facts
 from lolcats_core.training.perplexity import bigram_perplexity
@@ -235,12 +236,6 @@ class Measurements:
                 )
                 synthetic.write_task(name, items, file, self.task_dir)
             write_text(self.stage.out / file.name, file.read_text(encoding="utf-8"))
-
-
-def begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The beginning-of-sequence token, for tokenizers that put one before every text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
