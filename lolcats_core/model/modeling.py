@@ -57,9 +57,9 @@ class LinearizedMixin:
             check_attention(config._attn_implementation)
         if config.linearize is None:
             raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
+        config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
-        config._attn_implementation = ATTENTION_NAME
         decoder = cast(PreTrainedModel, self).base_model
         if decoder is not self and isinstance(decoder, LinearizedMixin):
             # transformers makes the decoder of some heads through `AutoModel`; one more module belongs to the whole.
