@@ -27,8 +27,8 @@ class Family:
         attention: name of a layer's attention module. head_dim: that module's name for its head dimension.
         embedding: last part of the input embedding's name in a checkpoint.
         renamed: names in checkpoints that the model's parameters no longer have.
-        logits_divisor, logits_softcap: values of the configuration that logits are divided by, and bounded by through
-            cap tanh(logits / cap), in this order; None where there is no such value.
+        logits_factor, logits_divisor, logits_softcap: values of the configuration that logits are multiplied by,
+            divided by, and bounded by through cap tanh(logits / cap), in this order; None where there is no such value.
     """
 
     classes: tuple[str, str]
@@ -36,6 +36,7 @@ class Family:
     head_dim: str = "head_dim"
     embedding: str = "embed_tokens"
     renamed: Mapping[str, str] = field(default_factory=dict)
+    logits_factor: str | None = None
     logits_divisor: str | None = None
     logits_softcap: str | None = None
 
@@ -59,6 +60,19 @@ FAMILIES = {
     "granite": Family(("GraniteConfig", "GraniteForCausalLM"), logits_divisor="logits_scaling"),
     "gemma2": Family(("Gemma2Config", "Gemma2ForCausalLM"), logits_softcap="final_logit_softcapping"),
     "gemma3_text": Family(("Gemma3TextConfig", "Gemma3ForCausalLM"), logits_softcap="final_logit_softcapping"),
+    "olmo": Family(("OlmoConfig", "OlmoForCausalLM")),
+    "olmo3": Family(("Olmo3Config", "Olmo3ForCausalLM")),
+    "ministral": Family(("MinistralConfig", "MinistralForCausalLM")),
+    "gemma": Family(("GemmaConfig", "GemmaForCausalLM")),
+    "glm": Family(("GlmConfig", "GlmForCausalLM")),
+    "glm4": Family(("Glm4Config", "Glm4ForCausalLM")),
+    "cohere2": Family(("Cohere2Config", "Cohere2ForCausalLM"), logits_factor="logit_scale"),
+    "starcoder2": Family(("Starcoder2Config", "Starcoder2ForCausalLM")),
+    "phi": Family(("PhiConfig", "PhiForCausalLM")),
+    "apertus": Family(("ApertusConfig", "ApertusForCausalLM")),
+    "seed_oss": Family(("SeedOssConfig", "SeedOssForCausalLM")),
+    "ernie4_5": Family(("Ernie4_5Config", "Ernie4_5ForCausalLM")),
+    "exaone4": Family(("Exaone4Config", "Exaone4ForCausalLM")),
     "gpt_neox": Family(
         ("GPTNeoXConfig", "GPTNeoXForCausalLM"),
         attention="attention",
@@ -92,6 +106,11 @@ def _recurrent(values: Mapping[str, Any]) -> bool:
     kinds = f"{values.get('layer_types')} {values.get('layers_block_type')}"
     named = any(f"'{kind}'" in kinds for kind in ("linear_attention", "mamba", "conv", "recurrent", "hybrid"))
     return named or any(key.startswith(("mamba_", "ssm_")) for key in values)
+
+
+def _experts(values: Mapping[str, Any]) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(isinstance(number := values.get(name), int) and number > 1 for name in names)
 
 
 # The first that applies is named, so the more fundamental ones come first.
@@ -162,6 +181,16 @@ OBSTACLES = (
         _names("gemma3n_text"),
         lambda values: bool(values.get("num_kv_shared_layers")),
     ),
+    Obstacle(
+        "its global layers have heads of another number and size than the local ones, which its configuration counts",
+        _names("gemma4_text"),
+        lambda values: bool(values.get("global_head_dim")),
+    ),
+    Obstacle(
+        "its layers hand no keyword arguments to their attention, so the cache, the padding and the documents of a pass"
+        " do not reach it",
+        _names("stablelm nemotron"),
+    ),
     Obstacle("each of its heads subtracts one softmax attention from another", _names("diffllama")),
     Obstacle("it adds a learned mask to its scores", _names("doge")),
     Obstacle(
@@ -171,6 +200,12 @@ OBSTACLES = (
     Obstacle(
         "its learned position embeddings end with its context, so it cannot use a state for longer texts",
         _names("gpt2 gpt_bigcode opt biogpt openai-gpt"),
+    ),
+    Obstacle(
+        "its feed-forward layers choose among experts, which a checkpoint holds one by one and the model joined: its"
+        " layers cannot be read one at a time, and what fits into memory is told for dense layers alone",
+        _names("mixtral qwen2_moe qwen3_moe olmoe flex_olmo granitemoe phimoe ernie4_5_moe glm4_moe"),
+        _experts,
     ),
 )
 
