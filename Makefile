@@ -1,9 +1,11 @@
 # make demo: the whole pipeline on this machine.   make test: every check.   Both make .venv first where it is missing.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 WORKERS ?= 2
+# Both ends of the range that linearized models run on (lolcats_core/model/transformers_versions.py).
+VERSION ?= 5.17.0 5.24.0
 
 # Bytecode makes every later start several times faster; the variables below would send Python elsewhere.
 unexport PYTHONDONTWRITEBYTECODE
@@ -13,19 +15,28 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format status serve stop clean distclean
+.PHONY: help setup demo test test-transformers lint format status serve stop clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# A virtual environment is made anew where it is not the one that is asked for: its programs name the path it was made at,
+# which is another one after the project was moved or copied, and `make PYTHON=...` names a Python.
+OURS := grep -qsF '$(CURDIR)/$(BIN)/'
+MINOR := -c 'import sys; print(sys.version_info[:2])'
+ASKED := $(if $(filter file,$(origin PYTHON)),true,test "$$($(BIN)/python $(MINOR) 2>/dev/null)" = "$$($(PYTHON) $(MINOR))")
+ifneq ($(shell $(OURS) $(BIN)/lolcats && $(ASKED) && echo here),here)
+.PHONY: $(VENV)/.installed
+endif
 
 setup: $(VENV)/.installed ## the virtual environment with the pinned packages
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "Error: Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Give another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null || { \
+	  echo "Error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1). Give another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "Error: '$(PYTHON)' comes without venv; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(OURS) $(BIN)/pip && $(ASKED) && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing the pinned packages into $(VENV); this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet --no-compile 'pip==$(PIP_VERSION)'
 	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e '.[dev]'
@@ -39,6 +50,19 @@ test: $(VENV)/.installed ## ruff, mypy and pytest
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
+
+test-transformers: $(VERSION:%=.transformers/%/.installed) ## models on other versions of transformers, which it fetches: VERSION=5.24.0
+	@set -e; for version in $(VERSION); do \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=.transformers/$$version $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu" \
+	    tests/core/model --ignore tests/core/model/test_families.py tests/core/export \
+	    tests/core/evaluation/test_generation.py tests/core/training/test_segments.py tests/tasks/cli/test_generation.py; \
+	done
+
+.transformers/%/.installed: $(VENV)/.installed
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install -qq --no-compile --target $(@D) transformers==$*
+	@touch $@
 
 lint: $(VENV)/.installed ## ruff and mypy only
 	$(BIN)/ruff check .
@@ -63,4 +87,4 @@ clean: ## remove outputs, resume state and worktrees; keep runs, registered mode
 	-@git worktree prune 2>/dev/null
 
 distclean: clean ## also remove .venv, the MLflow and Prefect stores and DVC's cache
-	rm -rf $(VENV) .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp dvc.lock
+	rm -rf $(VENV) .transformers .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp dvc.lock

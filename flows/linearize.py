@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +23,16 @@ from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
 from lolcats_common.params import GatesParams, read_assignments
 from lolcats_common.records import Summary
+from tasks.cli.options import changed_params
 from tasks.registry.promotion import CHAMPION
 from tasks.registry.register import RegisteredVersion
 from tasks.registry.versions import VersionStatus, version_status
 from tasks.reporting import summary
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
-from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, first_line
+from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, connect, first_line
 from tasks.runner.processes import exit_with_supervisor
+from tasks.runner.servers import require_answer
 from tasks.versioning import dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
@@ -150,7 +153,10 @@ def _parent_run(root: Path, name: str, worktree: worktrees.Worktree) -> Iterator
 
 
 def main() -> None:
-    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does."""
+    """Run the flow with the command line's options in this process, print the table and exit as `lolcats run` does.
+
+    What this machine can tell to be wrong is refused before the flow begins, so that it leaves no run behind.
+    """
     parser = argparse.ArgumentParser(prog="python -m flows.linearize", description=linearize.__doc__)
     parser.add_argument("--preset")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -161,6 +167,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, raise_terminated)
 
     def work() -> None:
+        from tasks.runner import preflight  # loads torch and transformers
+
+        root = project_root()
+        preflight.check_run(changed_params(root, options.preset, options.set), root)
+        if server := os.environ.get("PREFECT_API_URL"):
+            require_answer("Prefect", server, "PREFECT_API_URL", "the run then has a server of its own")
+        connect(root)
         summary.show(linearize(options.preset, read_assignments(options.set) or None, options.register))
 
     sys.exit(run_and_report(work, "lolcats"))

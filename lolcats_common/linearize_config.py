@@ -10,8 +10,18 @@ from lolcats_common.errors import UserError
 
 Window = Literal["terraced", "sliding", "none"]
 FeatureMap = Literal["hedgehog", "t2r", "elu"]
+Combine = Literal["sum", "mixture"]
+FeaturePositions = Literal["rotated", "unrotated"]
 WINDOWS: tuple[str, ...] = get_args(Window)
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "window": WINDOWS,
+    "feature_map": FEATURE_MAPS,
+    "combine": get_args(Combine),
+    "feature_positions": get_args(FeaturePositions),
+    "k_map_per": ("query_head", "kv_head"),
+    "linear_factor": ("one", "affine"),
+}
 # Settings of earlier versions and the only value that still means what it did then.
 RETIRED = {"feature_map_skip": False, "tie_qk": False}
 
@@ -24,8 +34,14 @@ class LinearizeConfig:
         window: which keys the softmax part sees. ``terraced``: own chunk (causal) and the whole previous chunk,
             counted from the start of the sequence. ``sliding``: the ``window_size`` newest tokens. ``none``: pure
             linear attention.
-        window_size: tokens in a chunk (terraced) or in the window (sliding).
-        feature_map: activation of the learned map, applied after rotary embeddings.
+        window_size: tokens in a chunk (terraced) or in the window (sliding); a power of two or a multiple of 64.
+        window_sinks: first tokens of the sequence that the softmax part of linearized heads sees besides its window
+            (arXiv 2309.17453); the linear part does not.
+        combine: how window and linear part are joined. ``sum``: one denominator (published). ``mixture``: two means of
+            values, mixed by a learned share that follows the query (docs/method.md, 4); needs a terraced window.
+        feature_positions: whether features read q and k after their rotary embeddings (``rotated``, published) or
+            before (``unrotated``).
+        feature_map: activation of the learned map.
         feature_dim: columns F of each map; ``hedgehog`` has 2F features.
         k_map_per: one key map per ``query_head`` (published) or per ``kv_head`` (state H/Hk times smaller).
         softmax_layers: layers that keep softmax attention.
@@ -49,6 +65,9 @@ class LinearizeConfig:
 
     window: Window = "terraced"
     window_size: int = 64
+    window_sinks: int = 0
+    combine: Combine = "sum"
+    feature_positions: FeaturePositions = "rotated"
     feature_map: FeatureMap = "hedgehog"
     feature_dim: int = 64
     k_map_per: Literal["query_head", "kv_head"] = "query_head"
@@ -66,18 +85,24 @@ class LinearizeConfig:
         object.__setattr__(self, "softmax_layers", tuple(sorted(set(self.softmax_layers))))
         object.__setattr__(self, "softmax_heads", _kept_heads(self.softmax_heads))
         size = self.window_size
-        if size < 4 or size & (size - 1):
-            raise UserError(f"`window_size` must be a power of two of at least 4, got {size}")
-        if self.window not in WINDOWS:
-            raise UserError(f"`window` must be one of {', '.join(WINDOWS)}, got {self.window!r}")
-        if self.feature_map not in FEATURE_MAPS:
-            raise UserError(f"`feature_map` must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        if size < 4 or (size & (size - 1) and size % 64):
+            raise UserError(f"`window_size` must be a power of two of at least 4 or a multiple of 64, got {size}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        most = 0 if self.window == "none" else size
+        if not 0 <= self.window_sinks <= most:
+            raise UserError(
+                f"`window_sinks` must be from 0 to {most} with `window` {self.window} and `window_size` {size},"
+                f" got {self.window_sinks}"
+            )
+        if self.combine == "mixture" and (self.window != "terraced" or self.linear_factor != "one"):
+            raise UserError(
+                "`combine: mixture` needs `window` terraced and `linear_factor` one, got"
+                f" {self.window} and {self.linear_factor}"
+            )
         if self.feature_dim < 1:
             raise UserError(f"`feature_dim` must be at least 1, got {self.feature_dim}")
-        if self.k_map_per not in ("query_head", "kv_head"):
-            raise UserError(f"`k_map_per` must be query_head or kv_head, got {self.k_map_per!r}")
-        if self.linear_factor not in ("one", "affine"):
-            raise UserError(f"`linear_factor` must be one or affine, got {self.linear_factor!r}")
         if not 0.0 < self.init_window_factor < 1.0:
             raise UserError(f"`init_window_factor` must lie strictly between 0 and 1, got {self.init_window_factor}")
         if self.linear_decay is not None and not 0.0 < self.linear_decay < 1.0:

@@ -273,7 +273,13 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.0)
+    """The known name that a person may have meant: its abbreviation, its words, or its letters."""
+    section, _, key = str(name).rpartition(".")
+    known, words = list(known), key.split("_")
+    short = [f"{section}.{''.join(word[:1] for word in words)}"] if len(words) > 1 else []
+    typo = difflib.get_close_matches(name, known, 1, 0.9)
+    fewer = [each for each in known if set(each.rpartition(".")[2].split("_")) <= set(words)]
+    close = [each for each in short if each in known] or typo or fewer or difflib.get_close_matches(name, known, 1, 0.0)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 

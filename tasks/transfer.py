@@ -26,7 +26,7 @@ from tasks.runner.stage import Stage
 def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json, errors.json and history.jsonl; metrics of the training."""
     params, teacher = stage.params, Teacher.open(stage.input("teacher"))
-    preflight.check(params, teacher)
+    preflight.check(params, teacher.config)
     device, (train_rows, validation_rows) = stage.device(), open_rows(stage)
     streamed = choose_transfer_mode(params, ModelShape.from_config(teacher.config), device) == "streamed"
     student = open_student(

@@ -17,6 +17,7 @@ from typing import Any
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file
 from lolcats_common.params import DataParams
+from lolcats_common.sources import find_text
 from lolcats_core.data.readers import (
     SUFFIXES,
     TEXT_SUFFIXES,
@@ -46,8 +47,6 @@ _SKIPPED_FOLDERS = frozenset(
     ]
 )
 _SKIPPED_NAMES = re.compile(r"_sysconfigdata.*|_sitebuiltins\.py|sitecustomize\.py")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def stdlib_files() -> list[Path]:
@@ -68,32 +67,20 @@ def stdlib_documents() -> Iterator[tuple[str, str]]:
         yield file.relative_to(root).as_posix(), file.read_text(encoding="utf-8", errors="replace")
 
 
-def local_files(source: str, root: Path) -> list[Path] | None:
-    """Files that a local source names, in a fixed order; None where `source` is no local path.
+def local_files(params: DataParams, root: Path) -> list[Path] | None:
+    """Files that a local source names, in a fixed order; None where it is a dataset id.
 
     Text files come in the order of their names' hashes, so that a bound on tokens takes no alphabetical slice.
 
     Raises:
-        UserError: nothing matches, or a file has a suffix that cannot be read.
+        UserError: nothing matches, a file has a suffix that cannot be read, or a dataset id has no pinned commit.
     """
-    path = Path(source).expanduser()
-    path = path if path.is_absolute() else root / path
-    looks_local = source.startswith((".", "/", "~")) or any(c in source for c in "*?[") or suffix_of(path) is not None
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        found = _files_below(path)
-        if not found:
-            raise UserError(f"`data.source`: {source} holds no {', '.join(SUFFIXES)} file")
-    elif any(c in source for c in "*?["):
-        anchor = Path(path.anchor) if path.is_absolute() else root
-        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
-        if not found:
-            raise UserError(f"`data.source`: nothing matches {source}")
-    elif looks_local or not _HUB_ID.fullmatch(source):
-        raise UserError(f"`data.source`: {source} does not exist")
-    else:
+    source, named = params.source, find_text(params, root)
+    if named is None:
         return None
+    found = _files_below(named[0]) if named[0].is_dir() else named
+    if not found:
+        raise UserError(f"`data.source`: {source} holds no {', '.join(SUFFIXES)} file")
     for file in found:
         if suffix_of(file) is None:
             raise UserError(f"`data.source`: {file.name} must end in {', '.join(SUFFIXES)}")
@@ -129,7 +116,7 @@ def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha
         base = Path(sysconfig.get_path("stdlib"))
         hashes = {file.relative_to(base).as_posix(): sha256(file) for file in stdlib_files()}
         return {"kind": "builtin", "source": params.source, "revision": None, "files": hashes}
-    files = local_files(params.source, root)
+    files = local_files(params, root)
     if files is not None:
         return {
             "kind": "local",
@@ -137,11 +124,6 @@ def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha
             "revision": None,
             "files": {_relative(file, root): _hash(file, sha256) for file in files},
         }
-    if params.revision is None or not _COMMIT.fullmatch(params.revision):
-        raise UserError(
-            f"`data.source`: {params.source} is no local path; for a dataset id `data.revision` must be a commit of"
-            f" 40 hex digits (dataset page, Files, History), got {params.revision!r}"
-        )
     return {"kind": "hub", "source": params.source, "revision": params.revision, "subset": params.subset, "files": {}}
 
 
@@ -156,7 +138,7 @@ def raw_records(params: DataParams, root: Path) -> Iterator[RawRecord]:
         for file in stdlib_files():
             yield text_record(file, file.relative_to(base).as_posix(), params.max_record_bytes)
         return
-    files = local_files(params.source, root)
+    files = local_files(params, root)
     if files is None:
         yield from _hub_records(params)
         return

@@ -12,6 +12,7 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
+from lolcats_common.sources import COMMIT, find_teacher, find_text
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.estimation.memory import (
     GIB,
@@ -22,10 +23,11 @@ from lolcats_core.estimation.memory import (
     transfer_mode,
 )
 from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.teacher.checks import check_config
+from lolcats_core.teacher.pin import BUILTIN, examine_teacher
 
 # Share of a device's measured matrix-product rate that each stage reaches; docs/performance.md says how measured.
 EFFICIENCY = {"cpu": {"transfer": 0.25, "finetune": 0.25}, "cuda": {"transfer": 0.72, "finetune": 0.49}}
-COMMIT = 40
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Finding:
 def doctor(params: Params, root: Path) -> list[Finding]:
     """Check the machine and the sources against `params`; nothing is downloaded and nothing is written."""
     findings = [_device(params), *_teacher(params, root), _data(params, root)]
-    shape = model_shape(params, root)
+    try:
+        shape = model_shape(params, root)
+    except UserError:  # said where the teacher is looked at
+        shape = None
     if shape is None:
         findings.append(Finding("size", "warn", f"unknown until {params.teacher.source}'s config.json can be read"))
         return findings
@@ -48,9 +53,13 @@ def doctor(params: Params, root: Path) -> list[Finding]:
 
 
 def model_shape(params: Params, root: Path) -> ModelShape | None:
-    """The teacher's shape from a local config.json, the Hugging Face cache or the table of known models."""
+    """The teacher's shape from a local config.json, the Hugging Face cache or the table of known models.
+
+    Raises:
+        UserError: its config.json is damaged, or its architecture cannot be linearized.
+    """
     source = params.teacher.source
-    folder = Path(__file__).parents[1] / "teacher" / "builtin" if source == "builtin" else root / source
+    folder = BUILTIN if source == "builtin" else root / Path(source).expanduser()
     config = folder / "config.json"
     if not config.is_file() and source not in KNOWN_MODELS and _may_be_on_the_hub(source):
         from huggingface_hub import try_to_load_from_cache
@@ -58,9 +67,7 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
         cached = try_to_load_from_cache(source, "config.json", revision=params.teacher.revision or "main")
         config = Path(cached) if isinstance(cached, str) else config
     if config.is_file():
-        from transformers import AutoConfig
-
-        return ModelShape.from_config(AutoConfig.from_pretrained(config.parent))
+        return ModelShape.from_config(check_config(config.parent, source, params.teacher.trust_remote_code))
     return KNOWN_MODELS.get(source)
 
 
@@ -105,16 +112,16 @@ def _device(params: Params) -> Finding:
 
 def _teacher(params: Params, root: Path) -> list[Finding]:
     source, revision = params.teacher.source, params.teacher.revision
-    if source == "builtin":
-        return [Finding("teacher", "ok", "built in, nothing to download")]
-    if (root / source).exists():
-        present = (root / source / "config.json").is_file()
-        detail = f"directory {source}" if present else f"{source} has no config.json; give a saved Hugging Face model"
-        return [Finding("teacher", "ok" if present else "missing", detail)]
-    if not _may_be_on_the_hub(source):
-        return [Finding("teacher", "missing", f"{source} is no directory with a saved model, and no Hugging Face id")]
+    try:
+        kind, _ = find_teacher(params.teacher, root)
+        examine_teacher(params.teacher, root)
+    except UserError as error:
+        return [Finding("teacher", "missing", str(error))]
+    if kind != "hub":
+        detail = "built in, nothing to download" if kind == "builtin" else f"directory {source}"
+        return [Finding("teacher", "ok", detail)]
     findings = []
-    if revision is None or len(revision) != COMMIT:
+    if revision is None or not COMMIT.fullmatch(revision):
         detail = f"{source} needs a pinned commit: --set teacher.revision=<40 hex digits>, got {revision!r}"
         findings.append(Finding("revision", "missing", detail))
     return [*findings, _access(source, revision)]
@@ -153,12 +160,13 @@ def _data(params: Params, root: Path) -> Finding:
     source, revision = params.data.source, params.data.revision
     if source == "builtin":
         return Finding("data", "ok", "the Python standard library's sources")
-    if (root / source).exists() or any(root.glob(source)) if not Path(source).is_absolute() else Path(source).exists():
+    try:
+        found = find_text(params.data, root)
+    except UserError as error:
+        return Finding("data", "missing", str(error))
+    if found is not None:
         return Finding("data", "ok", source)
-    if revision is None or len(revision) != COMMIT:
-        detail = f"{source} is no local path; a dataset id needs --set data.revision=<40 hex digits>, got {revision!r}"
-        return Finding("data", "missing", detail)
-    return Finding("data", "warn", f"{source} at {revision[:12]} is read from the hub")
+    return Finding("data", "warn", f"{source} at {str(revision)[:12]} is read from the hub")
 
 
 def _memory(params: Params, shape: ModelShape) -> list[Finding]:
@@ -186,7 +194,8 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
 
 def _disk(params: Params, shape: ModelShape, root: Path) -> Finding:
     wide = 2 if params.compute.precision == "bfloat16" else 4
-    download = 0 if params.teacher.source == "builtin" or (root / params.teacher.source).exists() else 2
+    here = params.teacher.source == "builtin" or (root / Path(params.teacher.source).expanduser()).exists()
+    download = 0 if here else 2
     # The merged student lies in outputs/, in DVC's cache and in the registry's artifacts.
     need = shape.parameters * (download + 3 * wide)
     free = shutil.disk_usage(root).free

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 DELTA, ADAPTER, ADAPTER_CONFIG = "delta.json", "adapter_model.safetensors", "adapter_config.json"
 # What a configuration says besides the function that it defines, together with what any configuration has.
 _INCIDENTAL = {
-    *("auto_map", "linearize", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("auto_map", "attn_implementation", "linearize", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
     *PreTrainedConfig().to_dict(),
 }
 

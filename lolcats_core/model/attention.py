@@ -14,14 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridLayer, KeptLayer
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.forward_context import HybridContext, LayerCall
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.softmax_attention import SoftmaxWindow, kept_attention, softmax_attention
 from lolcats_kernels.hybrid_attention import attend, decode_
-
-ATTENTION_NAME = "lolcats_hybrid"
 
 
 def hybrid_attention_forward(
@@ -44,6 +43,11 @@ def hybrid_attention_forward(
     Returns:
         [B, T, H, D] in the dtype of `query`, and None for the weights, which are never built.
     """
+    if not hasattr(module, "softmax_window"):
+        raise UserError(
+            f"{type(module).__name__} is an attention layer of a softmax model, but the checkpoint is a linearized"
+            " model; load it with AutoModelForCausalLM"
+        )
     context = HybridContext() if hybrid is None else hybrid
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     maps = getattr(module, "feature_maps", None)
@@ -91,21 +95,18 @@ def student_attention(
     Returns:
         [B, T, H, D] in the dtype of `q`; zero at padding.
     """
-    weights, config = maps.operands(scores)
+    weights, config = maps(scores)
+    real = context.new_padding_mask
+    q, k, v = (context.to_front(x) for x in (q, k, v))
     if context.cu_seqlens is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))
         y: Any = attend(*packed, weights, config, cu_seqlens=context.cu_seqlens)
-        return y.view(q.shape[0], -1, *q.shape[2:])
-    real, order, lengths = context.new_padding_mask, None, None
-    if real is not None:
-        # Real tokens to the front of their row, in their order; padding never enters a chunk or the state.
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-        q, k, v = (x.gather(1, order[:, :, None, None].expand_as(x)) for x in (q, k, v))
-        lengths = real.sum(1)
+        return context.to_places(y.view(q.shape[0], -1, *q.shape[2:]))
+    lengths = None if real is None else real.sum(1)
     run = functools.partial(attend, q, k, v, weights, config, lengths=lengths)
     if layer is None:
         y = run()
-    elif layer.state is not None and q.shape[1] == 1 and order is None and not torch.is_grad_enabled():
+    elif layer.state is not None and q.shape[1] == 1 and real is None and not torch.is_grad_enabled():
         y = decode_(q, k, v, weights, config, layer.state)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *weights.tensors())):
         # No gradient passes through a state, so it is computed apart; the fused kernels then take both calls.
@@ -114,7 +115,4 @@ def student_attention(
             _, layer.state = run(initial_state=layer.state, return_state=True)
     else:
         y, layer.state = run(initial_state=layer.state, return_state=True)
-    if order is not None and real is not None:
-        y = torch.empty_like(y).scatter(1, order[:, :, None, None].expand_as(y), y)
-        y = y.masked_fill(~real[:, :, None, None], 0)
-    return y
+    return context.to_places(y)

@@ -52,7 +52,7 @@ def kept_attention(
     if window.size is None or not window.sinks:
         return softmax_attention(q, k, v, context, scores, sliding_window if window.size is None else window.size)
     if context.cu_seqlens is not None and q.shape[2] > window.size:
-        return _packed_sink_attention(q, k, v, context.cu_seqlens, scores, window)
+        return _packed_sink_attention(q, k, v, context, context.cu_seqlens, scores, window)
     return _sink_attention(q, k, v, context, scores, window, layer)
 
 
@@ -118,15 +118,21 @@ def _sink_attention(
 
 
 def _packed_sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scores: Scores, window: SoftmaxWindow
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: HybridContext,
+    cu_seqlens: Tensor,
+    scores: Scores,
+    window: SoftmaxWindow,
 ) -> Tensor:
     """`_sink_attention` of packed rows, in which every document has first tokens of its own."""
     batch = q.shape[0]
     index, lengths = packed_index(cu_seqlens)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))
+    q, k, v = (context.to_front(x.transpose(1, 2)).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))
     padding_mask = torch.arange(index.shape[1], device=q.device) < lengths[:, None]
     y = _sink_attention(q, k, v, HybridContext(padding_mask=padding_mask), scores, window)
-    return unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:])
+    return context.to_places(unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:]))
 
 
 def _softmax_mask(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from pathlib import Path
 from typing import NoReturn
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import TeacherParams
+from lolcats_common.sources import COMMIT
 from lolcats_core.teacher.checks import INDEX, SMALL_FILES, check_config, check_tokenizer, weight_files
 
 logger = logging.getLogger(__name__)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def fetch(params: TeacherParams) -> Path:
@@ -24,7 +22,7 @@ def fetch(params: TeacherParams) -> Path:
         UserError: the revision is no commit, the model does not fit, or the hub refuses.
     """
     source, revision = params.source, params.revision
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if revision is None or not COMMIT.fullmatch(revision):
         raise UserError(_revision_advice(source, revision))
     listed = _listing(source, revision)
     small = [name for name in (*SMALL_FILES, INDEX) if name in listed]

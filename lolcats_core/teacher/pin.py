@@ -7,7 +7,6 @@ the SHA-256 of every file that matters; weights stay where they are.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,11 +18,13 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, sha256_json, write_json
 from lolcats_common.params import TeacherParams
 from lolcats_common.progress import progress
+from lolcats_common.sources import find_teacher
 from lolcats_core.teacher import hub
 from lolcats_core.teacher.checks import (
     INDEX,
     SMALL_FILES,
     WEIGHTS,
+    Weights,
     check_config,
     check_tokenizer,
     check_weights,
@@ -81,7 +82,17 @@ def resolve_teacher(params: TeacherParams, root: Path) -> TeacherPin:
     kind, folder = _find(params, root)
     if kind == "hub":
         folder = hub.fetch(params)
-    return _check(params, kind, folder)
+    return _pin(params, kind, folder)
+
+
+def examine_teacher(params: TeacherParams, root: Path) -> PreTrainedConfig | None:
+    """Check as `resolve_teacher` does what is on this machine, without hashing it; None for a Hugging Face id.
+
+    Raises:
+        UserError: it cannot be found, read or linearized.
+    """
+    kind, folder = _find(params, root)
+    return None if kind == "hub" else _check(params, folder).config
 
 
 def describe(params: TeacherParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def locate(pin: TeacherPin, root: Path) -> Path:
         return BUILTIN
     if pin.kind == "hub":
         return hub.snapshot(pin.source, str(pin.revision), sorted(pin.files))
-    folder = _directory(pin.source, root)
+    folder = root / Path(pin.source).expanduser()
     if not folder.is_dir():
         raise UserError(f"teacher {pin.source}: the directory is gone; put it back or change `teacher.source`")
     return folder
@@ -211,29 +222,22 @@ class Teacher:
         return cast("PreTrainedModel", model.requires_grad_(False).to(device).eval())
 
 
-def _directory(source: str, root: Path) -> Path:
-    return root / Path(source).expanduser()
-
-
 def _find(params: TeacherParams, root: Path) -> tuple[str, Path]:
-    source = params.source
-    if source == "builtin":
-        return "builtin", BUILTIN
-    folder = _directory(source, root)
-    if folder.is_dir():
-        return "directory", folder
-    if folder.exists():
-        raise UserError(f"teacher {source} is a file; `teacher.source` takes the directory that holds config.json")
-    if hub.HUB_ID.fullmatch(source) and not source.startswith("."):
-        return "hub", folder
-    if difflib.get_close_matches(source, ["builtin"]):
-        raise UserError(f"teacher {source}: no such directory; did you mean `builtin`?")
-    raise UserError(
-        f"teacher {source}: no such directory, and not a Hugging Face id (owner/name); correct `teacher.source`"
-    )
+    kind, folder = find_teacher(params, root)
+    return kind, BUILTIN if kind == "builtin" else folder
 
 
-def _check(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
+@dataclass(frozen=True)
+class _Checked:
+    """A directory with a teacher: its configuration, weights, rows of the embedding, and the files that matter."""
+
+    config: PreTrainedConfig
+    weights: Weights
+    rows: int
+    files: list[str]
+
+
+def _check(params: TeacherParams, folder: Path) -> _Checked:
     source = params.source
     if not folder.is_dir():
         raise UserError(f"teacher {source}: {folder.name} is missing from the installation; install the project again")
@@ -250,9 +254,15 @@ def _check(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
     kept = [*names, *small, *([INDEX] if names != [WEIGHTS] else [])]
     if params.trust_remote_code:
         kept += [name for name in listed if name.endswith(".py")]
-    files = _hashes(folder, kept)
+    return _Checked(config, weights, rows, kept)
+
+
+def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
+    checked = _check(params, folder)
+    config, weights = checked.config, checked.weights
+    files = _hashes(folder, checked.files)
     return TeacherPin(
-        source=source,
+        source=params.source,
         kind=kind,
         revision=params.revision if kind == "hub" else None,
         trust_remote_code=params.trust_remote_code,
@@ -262,7 +272,7 @@ def _check(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
         architecture=(config.architectures or [config.model_type])[0],
         parameters=weights.parameters,
         layers=int(config.num_hidden_layers),
-        vocab_size=rows,
+        vocab_size=checked.rows,
         context=getattr(config, "max_position_embeddings", None),
         bytes=weights.bytes,
         dtype=weights.dtype,

@@ -60,7 +60,7 @@ class LossObserver:
 
     def __call__(self, call: LayerCall) -> None:
         with torch.set_grad_enabled(self.scale is not None):
-            weights, config = call.maps.operands(call.scores)
+            weights, config = call.maps(call.scores)
             q, k, v, y_true = call.as_packed()
             mse = transfer_error(q, k, v, y_true, weights, config, cu_seqlens=call.context.cu_seqlens)
             loss = self.params.mse_weight * mse

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lolcats_core  # noqa: F401  (registers the model type)
@@ -96,7 +98,7 @@ def _write_merged(model: Path, folder: Path, max_shard_size: str | None) -> None
 def _current(root: Path, form: str) -> tuple[dict[str, Path], Facts]:
     params = load_params(root / "params.yaml")
     kept = {key: root / path for key, path in ARTIFACTS.items()}
-    facts = _facts("the current outputs", params.register.name, form, kept, register.lineage(root, params))
+    facts = _facts(root, "the current outputs", params.register.name, form, kept, register.lineage(root, params))
     return {"merged": kept["model"], "delta": kept["adapter"]}, facts
 
 
@@ -104,21 +106,38 @@ def _registered(root: Path, name: str, source: str, form: str) -> tuple[dict[str
     version, folder = version_files(root, name, source)
     kept = {key: folder / path.name for key, path in ARTIFACTS.items()}
     title = f"{version.name} version {version.version}"
-    facts = _facts(title, version.name, form, kept, {"registered": title, **version.tags})
+    facts = _facts(root, title, version.name, form, kept, {"registered": title, **version.tags})
     return {"merged": kept["model"], "delta": kept["adapter"]}, facts
 
 
-def _facts(title: str, name: str, form: str, kept: dict[str, Path], lineage: dict[str, str]) -> Facts:
+def _licence(root: Path, teacher: Mapping[str, Any]) -> str | None:
+    """The licence that the teacher's own model card names; the built-in teacher's is this project's."""
+    source, revision = teacher.get("source", ""), teacher.get("revision")
+    if teacher.get("kind") == "builtin":
+        return "apache-2.0"
+    if teacher.get("kind") == "hub":
+        found = try_to_load_from_cache(source, CARD, revision=revision)
+    else:
+        found = root / Path(source).expanduser() / CARD
+    try:
+        return ModelCard.load(found).data.license if isinstance(found, str | Path) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _facts(root: Path, title: str, name: str, form: str, kept: dict[str, Path], lineage: dict[str, str]) -> Facts:
     def read(path: Path) -> Any:
         return read_json(path, "register the model again") if path.is_file() else {}
 
+    teacher = read(kept["teacher"])
     return Facts(
         title=title,
         name=name,
         form=form,
         config=read(kept["model"] / "config.json"),
-        teacher=read(kept["teacher"]),
+        teacher=teacher,
         params=read_yaml(kept["params"]) if kept["params"].is_file() else {},
         evaluation=read(kept["evaluation"]),
         lineage=lineage,
+        licence=_licence(root, teacher),
     )

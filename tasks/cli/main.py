@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from lolcats_common.params import load_params, read_yaml
 from lolcats_common.project import find_root
+from lolcats_common.sources import check_sources
 from tasks.cli import estimation, model, registry, studies
 from tasks.cli.options import Overrides, Preset, changed_params
 from tasks.runner.exits import raise_terminated, run_and_report
@@ -60,7 +61,8 @@ def run(
 
     Without --preset and --set it runs params.yaml here; with them, in a worktree of its own as a DVC experiment.
     """
-    changed_params(find_root(), preset, set)  # refuses wrong ones before anything starts
+    root = find_root()
+    check_sources(changed_params(root, preset, set), root)  # what is wrong is refused before anything starts
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
         os.environ.setdefault(name, "CRITICAL")  # the flow says errors once, in one line
     options = [] if preset is None else ["--preset", preset]

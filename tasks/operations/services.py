@@ -167,7 +167,8 @@ def _running(root: Path) -> dict[str, psutil.Process]:
     for name, (pid, created) in _known(root).items():
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(int(pid))
-            if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            same = abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            if same and Path(process.cwd()) == root:  # a copy of a project knows the original's processes too
                 found[name] = process
     return found
 
@@ -257,7 +258,7 @@ def _fresh(root: Path) -> dict[str, str]:
         }
     # The experiment keeps its artifacts in mlartifacts/, whether the server or a command without it writes them.
     with _without("MLFLOW_TRACKING_URI"):
-        experiment_id(connect(root), root)
+        experiment_id(connect(root))
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted(variables.items()))
     _private(_state(root).with_suffix(".env"), exports)
     return variables

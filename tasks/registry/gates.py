@@ -147,7 +147,8 @@ def recall_scores(evaluation: Evaluation) -> dict[str, Scores]:
     """Teacher's and student's recall at each gap that both were measured at."""
     recall = evaluation.get("recall") or {}
     teacher, student = recall.get("teacher") or {}, recall.get("finetuned") or {}
-    return {f"recall at gap {gap}": (result, student[gap]) for gap, result in teacher.items() if gap in student}
+    gaps = sorted(teacher.keys() & student.keys(), key=int)
+    return {f"recall at gap {gap}": (teacher[gap], student[gap]) for gap in gaps}
 
 
 def _perplexity(gates: GatesParams, evaluation: Evaluation) -> list[Check]:
@@ -180,8 +181,8 @@ def _regression(gates: GatesParams, evaluation: Evaluation, champion: Evaluation
         yield Check("student's perplexity over the teacher's", f"{after:.4g}", f"at most {bound:.4g}", after <= bound)
     for scores in (task_scores, recall_scores):
         new, old = scores(evaluation), scores(champion)
-        for name in new.keys() & old.keys():
-            now, then = _share(new[name]), _share(old[name])
+        for name in new:
+            now, then = _share(new[name]), _share(old[name]) if name in old else None
             if now is None or then is None:
                 continue
             tolerance = gates.noise * math.hypot(now[1], then[1])

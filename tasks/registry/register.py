@@ -222,7 +222,7 @@ def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str]:
     from mlflow.models import Model
 
     logged = client.create_logged_model(
-        experiment_id(client, root), name=EXPERIMENT, source_run_id=run_id, model_type="linearized"
+        experiment_id(client), name=EXPERIMENT, source_run_id=run_id, model_type="linearized"
     )
     with tempfile.TemporaryDirectory(prefix="lolcats-register-") as temporary:
         local = Path(temporary) / "model"

@@ -146,7 +146,7 @@ def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
     """A registered version and the directory of its files: model, and what `ARTIFACTS` names.
 
     Raises:
-        UserError: there is no such version.
+        UserError: there is no such version, or its files are gone.
     """
     import mlflow.artifacts
 
@@ -158,11 +158,26 @@ def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
     client = connect(root)
     try:
         version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
+        found = client.get_model_version(name, str(version))
         location = client.get_model_version_download_uri(name, version)
-        files = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts"))
-        return client.get_model_version(name, str(version)), files
     except Exception as error:
-        raise UserError(f"{which}: no such directory or registered version: {first_line(error)}") from error
+        if not is_missing(error):
+            raise Unavailable(f"MLflow failed: {first_line(error)}") from error
+        raise UserError(f"{which}: no such directory or registered version; {_registered(client)}") from error
+    try:
+        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts"))
+    except Exception as error:
+        raise UserError(f"the files of {_label(found)} cannot be read: {first_line(error)}") from error
+
+
+def _registered(client: Any) -> str:
+    """What there is, for a person who asked for something else."""
+    found = [
+        f"{model.name}@{alias} is version {number}"
+        for model in client.search_registered_models()
+        for alias, number in sorted((model.aliases or {}).items())
+    ]
+    return ", ".join(found) or "none is registered; `lolcats run` registers one"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lolcats_common.records import SIDES, Evaluation, Measured, Side
 from lolcats_common.tables import markdown_table, measured, number
+from lolcats_core.model.transformers_versions import REQUIREMENT
 
 # Parameters that decide the weights; the rest of params.yaml says where and how a run runs.
 RECIPE = ("seed", "data", "linearize", "transfer", "select", "finetune")
@@ -28,7 +29,7 @@ class Facts:
     Attributes:
         title: of the source in words. name: of the registered model. form: ``merged`` or ``delta``.
         config: of the model. teacher: its pin. params: params.yaml. evaluation: evaluation.json.
-        lineage: as a registered version's tags.
+        lineage: as a registered version's tags. licence: the teacher's, by its name on the Hub, where it is known.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Facts:
     params: dict[str, Any]
     evaluation: Evaluation
     lineage: Mapping[str, str]
+    licence: str | None = None
 
 
 def model_card(facts: Facts) -> ModelCard:
@@ -48,10 +50,11 @@ def model_card(facts: Facts) -> ModelCard:
         library_name="transformers" if facts.form == "merged" else "peft",
         pipeline_tag="text-generation",
         base_model=facts.teacher.get("source") if facts.teacher.get("kind") == "hub" else None,
+        **_licence(facts),
         tags=["lolcats", "linear-attention", facts.config["model_type"]],
         eval_results=eval_results(facts) or None,
     )
-    recipe = {key: facts.params[key] for key in RECIPE if key in facts.params}
+    recipe = {key: _filled(facts.params[key]) for key in RECIPE if key in facts.params}
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -60,7 +63,9 @@ def model_card(facts: Facts) -> ModelCard:
         summary=_summary(facts),
         results=_results(facts),
         limits=list(limits(facts)),
+        licence=_licence_note(facts),
         lineage=markdown_table(("what", "which"), _lineage(facts), align="left"),
+        transformers=REQUIREMENT,
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
     )
 
@@ -127,15 +132,56 @@ def _recall(facts: Facts, side: Side) -> dict[str, Measured]:
     return {gap: recall[gap] for gap in sorted(recall, key=int)}
 
 
+def _licence(facts: Facts) -> dict[str, Any]:
+    """The card's metadata; a student is a derivative of its teacher, so the teacher's licence is its own."""
+    if facts.licence:
+        return {"license": facts.licence}
+    link = f"https://huggingface.co/{facts.teacher.get('source')}"
+    linked = {"license_link": link} if facts.teacher.get("kind") == "hub" else {}
+    return {"license": "other", "license_name": "teacher", **linked}
+
+
+def _licence_note(facts: Facts) -> str:
+    of = f"`{facts.licence}`" if facts.licence else "not known here; look it up before you pass the model on"
+    return f"The weights are a derivative of the teacher's, and its licence applies to them: {of}."
+
+
+def _filled(section: Any) -> Any:
+    """A section of the parameters without lists and mappings that hold nothing."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if value not in ([], {})}
+
+
+def _kept(settings: Mapping[str, Any]) -> str:
+    """What keeps softmax attention, in words; empty where nothing does."""
+    layers, heads = settings.get("softmax_layers") or [], settings.get("softmax_heads") or {}
+    parts = [f"layers {', '.join(map(str, layers))}"] if layers else []
+    parts += [f"key/value heads {', '.join(map(str, heads[key]))} of layer {key}" for key in sorted(heads, key=int)]
+    return ", ".join(parts)
+
+
+def _decode_state(facts: Facts, settings: Mapping[str, Any]) -> str:
+    """How the decode state grows: as it was measured or, without that, as the settings say."""
+    state: Mapping[str, Any] = facts.evaluation.get("state") or {}
+    window, kept = settings.get("softmax_window"), _kept(settings)
+    if not state.get("per_token", kept and window is None):
+        bound = f": what keeps softmax attention sees the {window} newest tokens" if kept and window else ""
+        return f"The decode state does not grow{bound}."
+    whole = state.get("teacher_per_token")
+    share = f", {state['per_token'] / whole:.1%} of the teacher's" if whole else ""
+    size = f" by {state['per_token']:,} bytes a token{share}" if state else ""
+    return f"The key/value cache of what keeps softmax attention grows{size}; the rest of the decode state does not."
+
+
 def _summary(facts: Facts) -> str:
     settings = facts.config.get("linearize", {})
-    kept = settings.get("softmax_layers") or []
-    layers = f"; layers {', '.join(map(str, kept))} keep softmax attention" if kept else ""
+    kept = f"; softmax attention is kept in {_kept(settings)}" if _kept(settings) else ""
     return (
         f"{_teacher(facts)} with its softmax attention replaced by learned linear attention and a softmax window "
         f"(LoLCATs, [arXiv 2410.10254](https://arxiv.org/abs/2410.10254)): window {settings.get('window')} of "
         f"{settings.get('window_size')}, feature map {settings.get('feature_map')} of {settings.get('feature_dim')}"
-        f"{layers}. The decode state does not grow. Exported from {facts.title} in {facts.form} form."
+        f"{kept}. {_decode_state(facts, settings)} Exported from {facts.title} in {facts.form} form."
     )
 
 

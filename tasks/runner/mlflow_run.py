@@ -24,13 +24,16 @@ from typing import Any
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.machine import versions
 from lolcats_common.params import Params
+from tasks.runner import moved_store
 from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
+from tasks.runner.servers import require_answer
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "lolcats"
 PARENT_VARIABLE = "LOLCATS_PARENT_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FLUSH_SECONDS = 2.0
 FLUSH_METRICS = 500  # MLflow takes at most 1000 in one call
 
@@ -60,6 +63,11 @@ def connect(root: Path) -> Any:
         UserError: its address is wrong.
     """
     uri = tracking_uri(root)
+    if uri.startswith(("http://", "https://")) and RETRIES not in os.environ:
+        # A person waits for the first answer. Later calls, those of the stages too, wait for a server that is away for
+        # a moment; where the variable is set, as a worker has it, the first one does as well.
+        require_answer("MLflow", uri, "MLFLOW_TRACKING_URI", "runs then go into mlflow.db here")
+        os.environ[RETRIES] = "3"
     quiet_libraries()
     import mlflow
     from mlflow import MlflowClient
@@ -72,9 +80,16 @@ def connect(root: Path) -> Any:
         mlflow.set_registry_uri(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
+        if database := _database(uri):
+            moved_store.follow(database, EXPERIMENT)
     except Exception as error:
         raise Unavailable(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
     return client
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a store that is a local database."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def first_line(error: BaseException) -> str:
@@ -94,12 +109,12 @@ def is_missing(error: BaseException) -> bool:
     )
 
 
-def experiment_id(client: Any, root: Path) -> str:
-    """The id of the project's experiment, made on first use."""
+def experiment_id(client: Any) -> str:
+    """The id of the store's experiment, made on first use."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        local = client.tracking_uri.startswith("sqlite:")
-        location = (root.resolve() / "mlartifacts").as_uri() if local else None
+        database = _database(client.tracking_uri)
+        location = moved_store.artifacts_of(database).as_uri() if database else None
         try:
             return str(client.create_experiment(EXPERIMENT, artifact_location=location))
         except Exception:  # another process made it in the meantime
@@ -198,7 +213,7 @@ class Run:
         }
         if parent := os.environ.get(PARENT_VARIABLE):
             all_tags[PARENT_TAG] = parent
-        created = client.create_run(experiment_id(client, root), run_name=name, tags=all_tags)
+        created = client.create_run(experiment_id(client), run_name=name, tags=all_tags)
         return cls(client, created.info.run_id)
 
     def _log_params(self, flat: Mapping[str, str]) -> None:
@@ -326,7 +341,7 @@ def close_abandoned(root: Path, name: str) -> None:
     """End runs called `name` that are marked as running although their process on this machine is gone."""
     client = connect(root)
     running = client.search_runs(
-        [experiment_id(client, root)], filter_string=f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+        [experiment_id(client)], filter_string=f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     )
     for run in running:
         node, _, rest = run.data.tags.get("process", "").partition(" ")

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
+from lolcats_core.data import sources
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.model.modeling import empty_student
-from lolcats_core.teacher.pin import Teacher
+from lolcats_core.teacher.pin import examine_teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from lolcats_core.training.selection import budget_count
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def check(params: Params, teacher: Teacher) -> None:
-    """Hold the parameters of every stage against the pinned teacher; loads no weights.
+
+def check_run(params: Params, root: Path) -> None:
+    """Everything that a run would refuse and that this machine can tell now; a Hugging Face id is left to its stage.
+
+    Raises:
+        UserError: the text or the teacher is not there or of no use, or as `check`.
+    """
+    sources.describe(params.data, root, lambda file: "")
+    config = examine_teacher(params.teacher, root)
+    if config is not None:
+        check(params, config)
+
+
+def check(params: Params, teacher: PreTrainedConfig) -> None:
+    """Hold the parameters of every stage against the teacher's configuration; loads no weights.
 
     Raises:
         UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row lies in the window, a row
@@ -23,9 +42,10 @@ def check(params: Params, teacher: Teacher) -> None:
             or a task does not exist.
     """
     with torch.device("meta"):
-        check_target_modules(empty_student(teacher.config, params.linearize), params.finetune)
+        check_target_modules(empty_student(teacher, params.linearize), params.finetune)
     params.linearize.check_length("`data.sequence_length`", params.data.sequence_length)
-    budget_count(params.select, params.linearize, teacher.config)
+    budget_count(params.select, params.linearize, teacher)
+    context = getattr(teacher, "max_position_embeddings", None)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,
@@ -34,8 +54,8 @@ def check(params: Params, teacher: Teacher) -> None:
         "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0) if own else 0,
     }
     for name, length in longest.items():
-        if teacher.context is not None and length > teacher.context:
-            raise UserError(f"`{name}` must be at most the teacher's context of {teacher.context} tokens, got {length}")
+        if context is not None and length > context:
+            raise UserError(f"`{name}` must be at most the teacher's context of {context} tokens, got {length}")
     segment = params.finetune.segment_length
     if segment and (params.compute.gradient_checkpointing or params.data.packing == "documents"):
         reason = "`data.packing: documents`" if params.data.packing == "documents" else "gradient checkpointing"

@@ -90,7 +90,7 @@ def ask_client(root: Path) -> Overview:
         Unavailable: the store cannot be used.
     """
     client = connect(root)
-    infos = [run.info for run in client.search_runs([experiment_id(client, root)], max_results=NEWEST)]
+    infos = [run.info for run in client.search_runs([experiment_id(client)], max_results=NEWEST)]
     versions: list[VersionRow] = []
     aliases: list[tuple[str, str, str]] = []
     for model in client.search_registered_models():

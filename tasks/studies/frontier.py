@@ -84,9 +84,9 @@ def frontier(
 def markdown(report: Mapping[str, Any]) -> str:
     """A line per budget: what is kept, and each step's perplexity over the teacher's and recall."""
     teacher, steps = report["teacher"], _steps(report)
-    gaps = list(teacher["recall"])
+    gaps = sorted(teacher["recall"], key=int)
     titles = [f"PPL / teacher, {step}" for step in steps] + [f"recall {gap}, {step}" for step in steps for gap in gaps]
-    recalls = ", ".join(f"{gap}: {value:.3f}" for gap, value in teacher["recall"].items())
+    recalls = ", ".join(f"{gap}: {teacher['recall'][gap]:.3f}" for gap in gaps)
     head = f"Teacher: {teacher['source']}, perplexity {number(teacher['perplexity'])}, recall {recalls}. "
     head += f"Softmax kept by {report['criterion'].replace('_', ' ')}."
     rows = []

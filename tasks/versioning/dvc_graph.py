@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from configobj import ConfigObj
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import read_yaml
@@ -36,6 +37,7 @@ LOCK_RETRIES = 10
 LOCK_WAIT_SECONDS = 3.0
 # A lock that another DVC holds is known by its message alone: the exit code is that of any other error.
 _BUSY = ("Unable to acquire lock", "is busy, it is being blocked by", "failed to lock")
+NEEDS_GIT = "--set and --preset need one: git init && git add --all && git commit -m start"
 # For display only.
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NOISE = re.compile(
@@ -94,10 +96,11 @@ def run_dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -
 
 
 def repair(root: Path) -> None:
-    """Remove what a killed DVC left half-written: it writes dvc.lock and its lock file in place.
+    """Remove what a killed DVC left half-written, which writes dvc.lock and its lock file in place; `follow_git`.
 
     Without dvc.lock nothing is lost: DVC finds each stage's result in its run cache by what the stage depends on.
     """
+    follow_git(root)
     lock = root / "dvc.lock"
     if lock.is_file() and not _is_whole(lock):
         logger.warning("dvc.lock was left half-written by a run that was killed; it is made anew")
@@ -108,6 +111,24 @@ def repair(root: Path) -> None:
             json.loads(rwlock.read_text(encoding="utf-8") or "{}")
         except (OSError, ValueError):
             rwlock.unlink(missing_ok=True)
+
+
+def follow_git(root: Path) -> None:
+    """Let DVC work without git where there is none, such as in an unpacked archive, and with it from `git init` on."""
+    local = root / ".dvc" / "config.local"
+    checkout = any((folder / ".git").exists() for folder in (root, *root.parents))
+    if checkout and not local.is_file():
+        return
+    settings = ConfigObj(str(local), encoding="utf-8", interpolation=False)
+    core = settings.setdefault("core", {})
+    if (core.get("no_scm") == "true") != checkout:
+        return
+    if checkout:
+        del core["no_scm"]
+    else:
+        core["no_scm"] = "true"
+        logger.warning("%s is no git checkout: versions lead to no commit; %s", root, NEEDS_GIT)
+    settings.write()
 
 
 def _is_whole(lock: Path) -> bool:

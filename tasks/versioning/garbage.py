@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from lolcats_common.errors import UserError
+from tasks.runner.git import git_state
 from tasks.runner.mlflow_run import connect, experiment_id
 from tasks.versioning import dvc_graph
 
@@ -44,11 +45,12 @@ def collect(root: Path, delete: bool = False, older_than: float = ABANDONED_SECO
     if busy:
         raise UserError(f"a stage runs in {busy[0]}; collect garbage when it has ended")
     projects = [argument for path in _worktrees(root) for argument in ("--projects", str(path))]
-    arguments = ["gc", "--workspace", "--all-branches", "--all-tags", "--all-experiments", "--force", *projects]
+    committed = ["--all-branches", "--all-tags", "--all-experiments"] if git_state(root)[0] != "unknown" else []
+    arguments = ["gc", "--workspace", *committed, "--force", *projects]
     shown = dvc_graph.run_dvc(root, *arguments, "--dry")
     objects = tuple(match["path"] for match in _REMOVED.finditer(shown))
     client = connect(root)
-    models = _unused_models(client, root, older_than)
+    models = _unused_models(client, older_than)
     places = [place for model in models if (place := _place(model)) is not None]
     size = sum(_size(Path(path)) for path in objects) + sum(_size(place) for place in places)
     if delete:
@@ -73,10 +75,10 @@ def _busy(root: Path) -> bool:
     return any(holders for entry in held.values() for holders in entry.values())
 
 
-def _unused_models(client: Any, root: Path, older_than: float) -> list[Any]:
+def _unused_models(client: Any, older_than: float) -> list[Any]:
     used = {version.source.rpartition("/")[2] for version in client.search_model_versions(max_results=10_000)}
     latest = (time.time() - older_than) * 1000
-    found = client.search_logged_models([experiment_id(client, root)], max_results=1000)
+    found = client.search_logged_models([experiment_id(client)], max_results=1000)
     return [model for model in found if model.model_id not in used and model.creation_timestamp <= latest]
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from configobj import ConfigObj
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_text
 from lolcats_common.params import Params, apply_overrides, load_params, params_from_dict, read_preset, read_yaml
+from lolcats_common.sources import check_sources
 from tasks.runner.git import git, git_state, identity
 from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
@@ -26,6 +28,17 @@ from tasks.versioning import dvc_graph
 
 logger = logging.getLogger(__name__)
 SOURCES_VARIABLE = "LOLCATS_SOURCES"
+# A DVC remote's settings that may be paths.
+PATHS = {
+    "cert_path",
+    "configpath",
+    "credentialpath",
+    "gdrive_service_account_json_file_path",
+    "gdrive_user_credentials_file",
+    "key_path",
+    "keyfile",
+    "url",
+}
 
 
 @dataclass(frozen=True)
@@ -98,24 +111,28 @@ def workplace(root: Path, preset: str | None, values: Mapping[str, Any] | None) 
     """Where a run with these overrides works: without any in the checkout itself, otherwise in a worktree of its own.
 
     Raises:
-        UserError: the parameters are wrong, or overrides need a git checkout with a commit.
+        UserError: the parameters are wrong, the teacher or the text is not there, or overrides need a git checkout
+            with a commit.
     """
     if preset or values:
         return prepare(root, preset, values)
-    return Worktree(None, root, load_params(root / "params.yaml"), {})
+    params = load_params(root / "params.yaml")
+    check_sources(params, root)
+    return Worktree(None, root, params, {})
 
 
 def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, name: str | None = None) -> Worktree:
     """Make the worktree for these overrides, or bring it back; `name` replaces the one made of them.
 
     Raises:
-        UserError: the overrides are wrong, or the project is no git checkout with a commit.
+        UserError: the overrides are wrong, the teacher or the text is not there, or the project is no git checkout
+            with a commit.
     """
     laid_over = overrides(preset, values)
-    overridden(root, read_yaml(root / "params.yaml"), laid_over)
+    check_sources(overridden(root, read_yaml(root / "params.yaml"), laid_over)[1], root)
     commit, dirty = git_state(root, besides=("dvc.lock",))
     if commit == "unknown":
-        raise UserError(f"{root} is no git checkout with a commit, which a run with overrides needs; edit params.yaml")
+        raise UserError(f"{root} is no git checkout with a commit: edit params.yaml; {dvc_graph.NEEDS_GIT}")
     if dirty:
         logger.warning("uncommitted changes are not part of this run: its worktree holds %s plus overrides", commit[:9])
     name = (name or f"{preset or 'set'}-{sha256_json(laid_over)[:8]}").replace("_", "-")
@@ -124,19 +141,21 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     head = yaml.safe_load(git(folder, "show", "HEAD:params.yaml"))
     merged, params = overridden(root, head, laid_over)
     write_text(folder / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
-    _share_cache(root, folder)
+    _share_settings(root, folder)
     return Worktree(name, folder, params, _environment(root, folder))
 
 
 def _checkout(root: Path, worktree: Path, commit: str) -> None:
     if (worktree / ".git").exists():
         try:
+            if _git_folder(worktree) != _git_folder(root):
+                raise UserError("its project was copied, and it still belongs to the original")
             if git(worktree, "rev-parse", "HEAD") == commit:
                 return
             git(worktree, "checkout", "--force", "--detach", commit)
             return
-        except UserError:
-            logger.warning("%s is damaged and is made anew", worktree)
+        except UserError as error:
+            logger.warning("%s is made anew: %s", worktree, error)
             shutil.rmtree(worktree)
     elif worktree.exists():
         shutil.rmtree(worktree)
@@ -144,12 +163,35 @@ def _checkout(root: Path, worktree: Path, commit: str) -> None:
     git(root, "worktree", "add", "--detach", str(worktree), commit)
 
 
-def _share_cache(root: Path, worktree: Path) -> None:
-    local = root / ".dvc" / "config.local"
-    if local.is_file():
-        shutil.copy(local, worktree / ".dvc" / "config.local")
-    cache = (root / dvc_graph.run_dvc(root, "cache", "dir").strip()).resolve()
-    dvc_graph.run_dvc(worktree, "cache", "dir", "--local", str(cache))
+def _git_folder(checkout: Path) -> Path:
+    return (checkout / git(checkout, "rev-parse", "--git-common-dir")).resolve()
+
+
+def _share_settings(root: Path, worktree: Path) -> None:
+    """Give a worktree DVC's cache, remotes and other settings of the checkout.
+
+    They are written here, because `dvc config` writes ASCII alone and empties the file where a path has other letters.
+    Paths inside the project are relative, as DVC reads them: to the folder of the file.
+    """
+    local = ConfigObj(encoding="utf-8", interpolation=False)
+    for name in ("config", "config.local"):
+        if (root / ".dvc" / name).is_file():
+            local.merge(ConfigObj(str(root / ".dvc" / name), encoding="utf-8", interpolation=False))
+    for section, settings in local.items():
+        for key in PATHS.intersection(settings) if section.startswith("remote ") else ():
+            if "://" not in settings[key]:
+                settings[key] = _from_worktree(root, worktree, root / ".dvc" / Path(settings[key]).expanduser())
+    cache = root / dvc_graph.run_dvc(root, "cache", "dir").strip()
+    local["cache"] = {**local.get("cache", {}), "dir": _from_worktree(root, worktree, cache)}
+    with (worktree / ".dvc" / "config.local").open("wb") as file:
+        local.write(file)
+
+
+def _from_worktree(root: Path, worktree: Path, path: Path) -> str:
+    """A path for the worktree's .dvc/config.local: relative where it lies in the project, which can then be moved."""
+    path = path.resolve()
+    inside = path.is_relative_to(root.resolve())
+    return os.path.relpath(path, (worktree / ".dvc").resolve()) if inside else str(path)
 
 
 def _environment(root: Path, worktree: Path) -> dict[str, str]:
@@ -157,8 +199,8 @@ def _environment(root: Path, worktree: Path) -> dict[str, str]:
     imports = worktree / ".scratch" / "imports"
     imports.mkdir(parents=True, exist_ok=True)
     link = imports / "lolcats_kernels"
-    if not link.is_symlink():
-        link.symlink_to(worktree / "kernels", target_is_directory=True)
+    link.unlink(missing_ok=True)  # one of before the project was moved or copied leads elsewhere
+    link.symlink_to(worktree / "kernels", target_is_directory=True)
     path = [str(worktree), str(imports), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(part for part in path if part),

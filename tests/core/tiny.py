@@ -24,6 +24,16 @@ SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
 MIXED = LinearizeConfig(window_size=8, feature_dim=8, softmax_layers=(1,), softmax_heads={2: (1,)})
 # The same with a state of constant size.
 BOUNDED = dataclasses.replace(MIXED, softmax_window=10, softmax_sinks=3)
+# Two means of values, mixed; first tokens in every softmax, features of unrotated q and k.
+MIXTURE = dataclasses.replace(
+    MIXED,
+    feature_dim=4,
+    window_sinks=3,
+    combine="mixture",
+    feature_positions="unrotated",
+    k_map_per="kv_head",
+    linear_decay=0.9,
+)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -57,6 +67,8 @@ def tiny_teacher(family: str = "llama", seed: int = 0, dtype: torch.dtype = torc
         values |= {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
     torch.manual_seed(seed)
     model: PreTrainedModel = model_class(config_class(**values | changes))
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # before 5.19, transformers' default did not bound its scores
     return model.to(dtype).eval()
 
 

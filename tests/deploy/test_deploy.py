@@ -71,7 +71,11 @@ def test_the_nightly_run_has_a_schedule_an_event_and_one_slot() -> None:
     assert nightly["schedules"][0]["cron"] == "0 3 * * *"
     assert "lolcats.drift" in nightly["triggers"][0]["expect"]
     assert nightly["concurrency_limit"]["limit"] == 1
-    assert nightly["concurrency_limit"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_a_run_that_finds_its_place_taken_waits_and_is_not_cancelled() -> None:
+    limits = [entry["concurrency_limit"] for entry in PREFECT["deployments"] if "concurrency_limit" in entry]
+    assert [limit["collision_strategy"] for limit in limits] == ["ENQUEUE"] * 2
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -258,8 +258,6 @@ class Campaign:
         self.ends[self.last] += 1
         if self.last == "Failed":
             self.messages.append(str(state["message"])[:300])
-        if self.last == "Cancelled":
-            time.sleep(5)  # a slot is still held
         if self.last in GOOD and self._active() is None:
             self.verify()
             self.texts += 1

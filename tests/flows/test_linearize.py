@@ -56,7 +56,7 @@ def states(root: Path) -> dict[str, str]:
 
 def all_runs(root: Path) -> list:
     client = connect(root)
-    return client.search_runs([experiment_id(client, root)])
+    return client.search_runs([experiment_id(client)])
 
 
 def test_the_flow_has_one_task_per_stage_of_dvc_yaml_in_topological_order() -> None:
@@ -173,6 +173,47 @@ def test_a_failing_stage_ends_the_flow_with_one_line_and_registers_nothing(short
     assert "Traceback" not in log.read_text()
     assert {run.info.status for run in all_runs(short_project)} == {"FAILED"}
     assert connect(short_project).search_registered_models() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("evaluate.tasks=[code_continuatoin]", "did you mean 'code_continuation'?"),
+        ("finetune.target_modules=[w]", "the model has no 'w'"),
+        ("teacher.source=./encoder", "architecture 'bert' cannot be linearized"),
+    ],
+)
+def test_what_this_machine_can_tell_to_be_wrong_leaves_no_run_and_no_worktree(
+    short_project: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    (short_project / "encoder").mkdir()
+    (short_project / "encoder" / "config.json").write_text('{"model_type": "bert"}')
+    (short_project / "mlflow.db").unlink()
+    log = tmp_path / "log"
+    assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", override).wait(LAST_RESORT) == 1
+    (line,) = log.read_text().strip().splitlines()
+    assert line.startswith("Error: ")
+    assert said in line
+    assert not (short_project / "mlflow.db").exists()
+    assert not (short_project / ".worktrees").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("MLFLOW_TRACKING_URI", "http://127.0.0.1:1"), ("PREFECT_API_URL", "http://127.0.0.1:1/api")],
+)
+def test_a_server_that_is_down_is_said_with_advice_before_the_flow_begins(
+    short_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    log = tmp_path / "log"
+    assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", "seed=1").wait(LAST_RESORT) == 1
+    (line,) = log.read_text().strip().splitlines()
+    assert f"at {value} does not answer (Connection refused); start it (`make serve`), correct {variable}" in line
+    assert not (short_project / ".worktrees").exists()
 
 
 def test_a_page_that_prefect_does_not_take_ends_no_run(

@@ -192,12 +192,18 @@ def test_a_killed_run_starts_again_by_itself_and_continues_from_its_last_step(op
     assert state["name"] == "Crashed", state
     resumed = servers.new_run(NIGHTLY, known + 1)
     assert servers.api(f"/flow_runs/{resumed}")["parameters"] == {"preset": None, "set": None, "restarts": 1}
-    # Whoever comes while it runs is turned away.
+    # Whoever comes while it runs waits for it, and then finds nothing left to do.
     reached(5, resumed)
-    assert servers.ended(servers.run(NIGHTLY))["name"] == "Cancelled"
+    queued = servers.run(NIGHTLY)
+
+    def waits() -> bool:
+        return bool(servers.api(f"/flow_runs/{queued}")["state"]["name"] == "AwaitingConcurrencySlot")
+
+    servers.wait(waits, "a run that waits")
     hold(root)
     state = servers.ended(resumed)
     assert state["name"] == "Promoted", state["message"]
+    assert servers.ended(queued)["name"] == "UpToDate"
     metrics = json.loads((root / ".worktrees/relinearize/outputs/finetune/metrics.json").read_text())
     assert metrics["started_at"] >= 3
 

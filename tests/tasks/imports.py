@@ -14,6 +14,7 @@ NEUTRAL = {
     "lolcats_common/params.py",
     "lolcats_common/progress.py",
     "lolcats_common/records.py",
+    "lolcats_common/sources.py",
     "lolcats_core/compute/device.py",
     "lolcats_common/training_params.py",
     "tasks/reporting/figures.py",

@@ -176,7 +176,7 @@ class HybridCache(Cache):
     def state_bytes(self) -> int:
         """Bytes of the linearized kv groups' states: constant in the number of tokens."""
         states = (layer.state for layer in self.layers if isinstance(layer, HybridLayer) and layer.state is not None)
-        return sum(_bytes(tensor) for state in states for tensor in vars(state).values())
+        return sum(_bytes(tensor) for state in states for tensor in state.tensors())
 
     def softmax_bytes(self) -> int:
         """Bytes of the keys and values of layers and kv groups that keep softmax attention."""

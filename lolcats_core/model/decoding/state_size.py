@@ -100,5 +100,6 @@ def _hybrid_bytes(settings: LinearizeConfig, key_heads: int, group: int, dim: in
         window_size=settings.window_size,
         dtype=dtype,
         device=torch.device("meta"),
+        window_sinks=settings.window_sinks,
     )
-    return sum(tensor.numel() * tensor.element_size() for tensor in vars(state).values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.tensors())

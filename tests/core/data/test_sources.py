@@ -115,6 +115,7 @@ def test_readmes_and_hidden_files_beside_data_are_no_records(tmp_path: Path) -> 
         ("empty", r"empty holds no \.jsonl"),
         ("table.csv", r"table\.csv must end in \.jsonl"),
         ("broken.parquet", r"broken\.parquet is damaged"),
+        ("squad", r"squad does not exist; of the Hugging Face dataset squad, `data\.revision` must"),
         ("org/name", r"`data\.revision` must be a commit of 40 hex digits .*, got None"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lolcats_common.errors import UserError
 from lolcats_common.params import Params, apply_overrides, params_from_dict, presets, read_preset, read_yaml
 from lolcats_core.estimation.doctor import doctor, duration, flops_per_token, model_shape, planned_tokens
 from lolcats_core.estimation.memory import GIB, evaluated_by_layers, train_memory
@@ -60,6 +61,10 @@ def test_parameter_counts_are_those_of_the_real_models() -> None:
 def test_the_shape_of_a_local_model_is_read_from_its_config(tmp_path: Path) -> None:
     model = tiny_teacher()
     model.save_pretrained(tmp_path / "m")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        model_shape(params_from_dict({"teacher": {"source": "damaged"}}), tmp_path)
     shape = model_shape(params_from_dict({"teacher": {"source": "m"}}), tmp_path)
     assert isinstance(shape, ModelShape)
     norms = 32 * (2 * 3 + 1)
@@ -112,9 +117,12 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("source", ["./missing", "/nowhere/model", "a/b/c", "weights.gguf"])
+@pytest.mark.parametrize("source", ["./missing", "/nowhere/model", "a/b/c", "weights.gguf", "damaged", "encoder"])
 def test_a_path_that_is_no_model_is_one_line_and_no_traceback(source: str, tmp_path: Path) -> None:
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    for name, content in (("damaged", "{"), ("encoder", '{"model_type": "bert"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
     params = params_from_dict({"teacher": {"source": source}}, "params.yaml")
     missing = {finding.name: finding.detail for finding in doctor(params, tmp_path) if finding.status == "missing"}
     assert source in missing["teacher"]

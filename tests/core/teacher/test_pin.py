@@ -220,6 +220,11 @@ def test_a_source_that_is_nothing_is_refused(tmp_path: Path, source: str, messag
         resolve(source, tmp_path)
 
 
+def test_a_plain_name_is_a_hub_id_as_people_write_them(hub: FakeHub, tmp_path: Path) -> None:
+    pin = resolve("gpt2", tmp_path, revision=COMMIT)
+    assert (pin.kind, pin.source) == ("hub", "gpt2")
+
+
 def test_a_file_in_place_of_a_directory_is_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a file"):
         resolve(teacher / WEIGHTS, tmp_path)

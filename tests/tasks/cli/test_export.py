@@ -150,6 +150,18 @@ def test_a_hub_teacher_is_named_as_the_base_model(finished: Path) -> None:
     assert f"`owner/name` at {'0' * 40}" in card.content
 
 
+def test_the_licence_is_the_one_that_the_teacher_s_own_card_names(finished: Path) -> None:
+    path = finished / "outputs/teacher/teacher.json"
+    pin = json.loads(path.read_text()) | {"kind": "directory", "source": "./teacher", "revision": None}
+    path.write_text(json.dumps(pin))
+    assert ModelCard.load(export(finished, None) / "README.md").data.license == "other"
+    (finished / "teacher").mkdir()
+    (finished / "teacher" / "README.md").write_text("---\nlicense: gemma\n---\n# Teacher\n")
+    assert ModelCard.load(export(finished, None, force=True) / "README.md").data.license == "gemma"
+    path.write_text(json.dumps(pin | {"kind": "builtin", "source": "builtin"}))
+    assert ModelCard.load(export(finished, None, force=True) / "README.md").data.license == "apache-2.0"
+
+
 def test_what_is_there_is_kept(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,49 @@ def test_wrong_overrides_are_refused_before_anything_runs(
     assert not (here / "mlflow.db").exists()
     assert not (here / ".worktrees").exists()
     assert not (here / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("teacher.source=./nowhere", "no such directory, and not a Hugging Face id"),
+        (
+            "teacher.source=gpt2",
+            "no such directory; of the Hugging Face model gpt2, `teacher.revision` must be a commit",
+        ),
+        ("teacher.source=models/mine", "teacher models/mine: no such directory; of the Hugging Face model"),
+        ("teacher.source=builtn", "did you mean `builtin`?"),
+        ("teacher.source=stages", "config.json is missing"),
+        ("teacher.source=params.yaml", "is a file"),
+        ("data.source=./nowhere.jsonl", "nowhere.jsonl does not exist"),
+        ("data.source=texts.jsonl", "texts.jsonl does not exist"),
+        ("data.source=texts/*.jsonl", "nothing matches texts/*.jsonl"),
+        ("data.source=squad", "of the Hugging Face dataset squad, `data.revision` must be a commit"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "ablate", "frontier"])
+def test_a_teacher_or_text_that_is_not_there_is_refused_before_anything_runs(
+    here: Path, command: str, override: str, said: str
+) -> None:
+    assert said in refused(command, "--set", override)
+    assert not (here / "mlflow.db").exists()
+    assert not (here / ".worktrees").exists()
+    assert not (here / ".scratch").exists()
+
+
+@pytest.mark.parametrize("override", ["transfer.learning_rate=1", "teacher.source=gpt2", "data.source=./nowhere"])
+def test_what_is_wrong_is_refused_without_a_large_import(here: Path, override: str) -> None:
+    program = (
+        "import sys\n"
+        "from tasks.cli.main import app\n"
+        "try:\n    app()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'mlflow', 'prefect', 'pandas'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, "run", "--set", override]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (1, "[]\n"), done.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"seed: [", b"\xff\xfe\x00", b"- 1\n", b"sed: 0\n", b"seed: nan\n"])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from lolcats_common.errors import Unavailable, UserError
+from lolcats_common.files import write_json
 from lolcats_common.params import Params, load_params
 from tasks.operations import drift, relinearization, services
 from tasks.registry import register
@@ -118,10 +121,19 @@ def test_files_with_a_login_are_their_owner_s_alone(tmp_path: Path) -> None:
 
 
 def test_only_the_process_that_was_started_counts_as_running(tmp_path: Path) -> None:
-    import os
-
-    from lolcats_common.files import write_json
-
-    write_json(tmp_path / ".prefect" / "services.json", {"prefect": [os.getpid(), 1.0]})
+    write_json(tmp_path / ".prefect" / "services.json", {"prefect": [psutil.Process().pid, 1.0]})
     assert services._running(tmp_path) == {}
     assert services.stop(tmp_path) == []
+
+
+def test_a_copied_project_does_not_take_the_original_s_servers_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    original.mkdir()
+    monkeypatch.chdir(original)  # where its servers run; this process stands for one
+    me = psutil.Process()
+    write_json(original / ".prefect" / "services.json", {"prefect": [me.pid, me.create_time()]})
+    shutil.copytree(original, copy)
+    assert list(services._running(original)) == ["prefect"]
+    assert services._running(copy) == {}

@@ -40,6 +40,15 @@ def results(
     return {result.gate: result for result in found}
 
 
+def test_checks_of_recall_stand_in_the_order_of_their_gaps() -> None:
+    by_gap = {gap: measured(1.0, 0.0) for gap in ("1024", "128", "64")}
+    long = {**evaluation(), "recall": {"teacher": by_gap, "finetuned": by_gap}}
+    found = results(new=long, champion=long)
+    for gate in ("recall_recovery", "regression"):
+        gaps = [check.what for check in found[gate].checks if "gap" in check.what]
+        assert gaps == ["recall at gap 64", "recall at gap 128", "recall at gap 1024"]
+
+
 def refusing(**given: Any) -> list[str]:
     return [name for name, result in results(**given).items() if result.refuses]
 

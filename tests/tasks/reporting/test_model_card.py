@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,52 @@ FACTS = Facts(
 @pytest.mark.parametrize("form", ["merged", "delta"])
 def test_the_card_is_the_golden_one(form: str) -> None:
     golden.check(model_card(replace(FACTS, form=form)).content, f"model_card_{form}.md")
+
+
+@pytest.mark.parametrize(
+    ("settings", "state", "said"),
+    [
+        ({}, {}, ". The decode state does not grow."),
+        (
+            {"softmax_layers": [4]},
+            {},
+            "layers 4. The key/value cache of what keeps softmax attention grows; the",
+        ),
+        (
+            {"softmax_heads": {"10": [0], "5": [0, 1]}},
+            {"per_token": 128, "teacher_per_token": 1536},
+            "key/value heads 0, 1 of layer 5, key/value heads 0 of layer 10. The key/value cache of what keeps softmax "
+            "attention grows by 128 bytes a token, 8.3% of the teacher's;",
+        ),
+        (
+            {"softmax_layers": [4], "softmax_window": 256},
+            {},
+            "not grow: what keeps softmax attention sees the 256",
+        ),
+        ({"softmax_layers": [4]}, {"per_token": 0, "teacher_per_token": 0}, ". The decode state does not grow."),
+    ],
+)
+def test_the_card_says_what_keeps_softmax_and_whether_the_decode_state_grows(
+    settings: dict[str, Any], state: dict[str, Any], said: str
+) -> None:
+    config = {"model_type": "lolcats_llama", "linearize": {"window": "terraced", "window_size": 64, **settings}}
+    assert said in model_card(replace(FACTS, config=config, evaluation={"state": state})).content  # type: ignore
+
+
+def test_the_recipe_has_no_empty_lists_of_layers_and_heads() -> None:
+    linearize = {"window": "terraced", "softmax_layers": [], "softmax_heads": {}, "softmax_window": None}
+    recipe = model_card(replace(FACTS, params={"linearize": linearize})).content.partition("## Recipe")[2]
+    assert "softmax_window: null" in recipe
+    assert not re.search(r"softmax_(heads|layers)", recipe)
+
+
+def test_a_card_has_the_teacher_s_licence_or_says_that_it_is_not_known() -> None:
+    known = model_card(replace(FACTS, licence="llama3.1"))
+    assert known.data.license == "llama3.1"
+    assert "its licence applies to them: `llama3.1`." in known.content
+    unknown = model_card(FACTS)
+    assert (unknown.data.license, unknown.data.license_link) == ("other", "https://huggingface.co/owner/name")
+    assert "look it up before you pass the model on" in unknown.content
 
 
 def test_results_reach_the_hub_as_metadata_with_their_standard_errors() -> None:

@@ -13,7 +13,7 @@ from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
 
 def test_the_database_says_what_the_client_says(fake_project: Path) -> None:
     client = connect(fake_project)
-    experiment = experiment_id(client, fake_project)
+    experiment = experiment_id(client)
     runs = [client.create_run(experiment, run_name=f"run {i}", start_time=1000 + i) for i in range(NEWEST + 2)]
     client.delete_run(runs[-1].info.run_id)
     client.set_terminated(runs[0].info.run_id, "FAILED")

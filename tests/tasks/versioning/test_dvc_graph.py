@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.versioning import dvc_graph
-from tests.conftest import fake_dvc, hold, shell_stage
+from lolcats_common.errors import UserError
+from tasks.versioning import dvc_graph, worktrees
+from tasks.versioning.garbage import collect
+from tests.conftest import fake_dvc, hold, run_git, shell_stage
 from tests.tasks.processes import LAST_RESORT, processes_in, start, wait_for, wait_for_text
 
 
@@ -43,6 +45,32 @@ def test_a_stage_runs_then_stays_and_comes_back_from_the_run_cache(shell_project
     shutil.rmtree(shell_project / "outputs")
     assert states() == ["restored", "restored"]
     assert states() == ["unchanged", "unchanged"]
+
+
+@pytest.mark.slow
+def test_an_archive_without_git_runs_with_one_line_of_advice_and_uses_git_once_there_is_one(
+    shell_project: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(shell_project / ".git")
+    assert dvc_graph.stages(shell_project) == ["first", "last"]
+    states = [dvc_graph.repro(name, shell_project, on_line=lambda line: None).state for name in ("first", "last")]
+    assert states == ["ran", "ran"]
+    assert dvc_graph.changed(shell_project) == {}
+    advice = [record.message for record in caplog.records if "git init && git add --all" in record.message]
+    assert len(advice) == 1
+    (shell_project / "source.txt").write_text("b")
+    dvc_graph.repro("first", shell_project, on_line=lambda line: None)
+    dvc_graph.repro("last", shell_project, on_line=lambda line: None)
+    assert collect(shell_project).objects  # the outputs of before
+    with pytest.raises(UserError, match=r"is no git checkout with a commit: edit params\.yaml; .* git init"):
+        worktrees.prepare(shell_project, None, {"seed": 1})
+
+    run_git(shell_project, "init", "--quiet")
+    run_git(shell_project, "add", "--all")
+    run_git(shell_project, "commit", "--quiet", "--message", "start")
+    experiment = worktrees.prepare(shell_project, None, {"seed": 1})
+    assert dvc_graph.run_dvc(experiment.root, "exp", "list") == ""
+    assert "no_scm" not in (shell_project / ".dvc" / "config.local").read_text()
 
 
 def test_a_failing_command_is_one_error_that_names_the_stage(shell_project: Path) -> None:

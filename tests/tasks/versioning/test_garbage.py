@@ -44,7 +44,7 @@ def test_only_what_nothing_points_at_is_removed_and_a_version_s_bytes_come_back(
     make(project, "lost")
     make(project, "now")
     client = connect(project)
-    model = client.create_logged_model(experiment_id(client, project), name="left")
+    model = client.create_logged_model(experiment_id(client), name="left")
     assert collect(project).models == ()  # it is young: its registration may still run
 
     listed = collect(project, older_than=-60.0)
