@@ -87,4 +87,5 @@ clean: ## remove outputs, resume state and worktrees; keep runs, registered mode
 	-@git worktree prune 2>/dev/null
 
 distclean: clean ## also remove .venv, the MLflow and Prefect stores and DVC's cache
-	rm -rf $(VENV) .transformers .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp dvc.lock
+	rm -rf $(VENV) .transformers .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp
+	-@git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock

@@ -23,6 +23,7 @@ class GatesParams:
     min_task_recovery: float = 0.9
     recall_recovery: GateMode = "dry_run"
     min_recall_recovery: float = 0.9
+    earns_bytes: GateMode = "dry_run"
     regression: GateMode = "enabled"
     max_perplexity_regression: float = 0.02
     noise: float = 2.0

@@ -19,6 +19,7 @@ STEPS: dict[Step, str] = {
     "finetuned": "after low-rank finetuning",
 }
 BIGRAM = "bigram model for scale"
+CONTROL = "plain window"
 # The student as it is, and without one of its branches.
 BRANCHES: tuple[Literal["whole", "linear_off", "window_off"], ...] = ("whole", "linear_off", "window_off")
 
@@ -101,6 +102,45 @@ class Positions(TypedDict):
     ranges: list[PositionRange]
 
 
+class LossDifference(TypedDict):
+    """One model's loss minus another's at positions `start` to `stop`, in nats, with its standard error."""
+
+    start: int
+    stop: int
+    difference: float
+    stderr: float
+
+
+class Control(TypedDict):
+    """The student's control, a plain window of its bytes (`lolcats_core.evaluation.control`), which is not trained.
+
+    Attributes:
+        window: newest tokens that it sees in place of the linearized groups, besides `sinks` first ones.
+        tokens: length at which `bytes` and the student's `student_bytes` are counted.
+        recall: by gap, as in `Evaluation`.
+        positions: as the student's; None where no longer rows were asked for. differences: student minus control.
+    """
+
+    window: int
+    sinks: int
+    tokens: int
+    bytes: int
+    student_bytes: int
+    perplexity: float
+    recall: dict[str, Measured]
+    positions: Positions | None
+    differences: list[LossDifference]
+
+
+def control_line(control: Control) -> str:
+    """What the last column is."""
+    return (
+        f"plain window: the teacher with the newest {control['window']} and the first {control['sinks']} tokens in"
+        f" place of linear attention, untrained, in no more than the student's {control['student_bytes']:,} bytes at"
+        f" {control['tokens']} tokens"
+    )
+
+
 class Generation(TypedDict, total=False):
     """Measures of greedy continuations; empty where none were asked for."""
 
@@ -151,6 +191,7 @@ class Evaluation(TypedDict, total=False):
     Attributes:
         perplexity: by `Step`, and of the ``bigram`` baseline.
         recall: by side, and by the gap in tokens as text.
+        control: None where there is none: nothing is linearized, or its bytes hold no window.
         left_out: the parameters of what needs a whole model where the models do not fit the device.
         task_hashes: equal hashes were the same questions.
     """
@@ -161,6 +202,7 @@ class Evaluation(TypedDict, total=False):
     recall_samples: int
     tasks: dict[str, TaskRecord]
     positions: dict[Side, Positions]
+    control: Control | None
     generation: Generation
     state: StateBytes
     audit: Audit
@@ -252,6 +294,8 @@ class Summary(TypedDict):
     perplexity: dict[str, float]
     perplexity_ratio: dict[str, float]
     recall: dict[Side, dict[str, Measured]]
+    positions: dict[Side, Positions]
+    control: Control | None
     tasks: dict[str, TaskRecord]
     lm_eval_version: str | None
     stages: dict[str, StageRecord]

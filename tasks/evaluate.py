@@ -33,7 +33,7 @@ from lolcats_common.records import (
 from lolcats_core.evaluation import generation, synthetic
 from lolcats_core.evaluation.harness import lm_eval_version
 from lolcats_core.evaluation.paired import loss_comparison, paired_comparison, recovery
-from tasks.measurements.suite import Measurements
+from tasks.measurements.suite import Measurements, measured_value
 from tasks.reporting.figures import perplexity_figure, recall_figure, tasks_figure
 from tasks.runner.stage import Stage
 
@@ -64,6 +64,8 @@ def run(stage: Stage) -> Mapping[str, float]:
                 positions[step] = measured.positions(step)
             if params.generation_prompts:
                 generations[step] = measured.generations(step)
+        if step == "teacher":
+            measured.measure_control()  # now, since it shares the teacher's weights
         if step in AUDITED and params.audit_rows:
             audits[step] = measured.audit(step)
     perplexities["bigram"] = measured.bigram()
@@ -72,12 +74,12 @@ def run(stage: Stage) -> Mapping[str, float]:
         "perplexity": {step: result["perplexity"] for step, result in perplexities.items()},
         "perplexity_tokens": perplexities["teacher"]["tokens"],
         "recall": {
-            side: {gap: {"value": result["value"], "stderr": result["stderr"]} for gap, result in by_gap.items()}
-            for side, by_gap in recalls.items()
+            side: {gap: measured_value(result) for gap, result in by_gap.items()} for side, by_gap in recalls.items()
         },
         "recall_samples": params.recall_samples,
         "tasks": {name: compare_task(results["teacher"][name], results["finetuned"][name]) for name in params.tasks},
         "positions": positions,
+        "control": measured.control(),
         "generation": compare_generation(generations, ends) if generations else {},
         "state": measured.state(),
         "audit": {**audits["teacher"], **audits["transferred"], **audits["finetuned"]} if audits else {},
@@ -175,6 +177,15 @@ def flat_metrics(evaluation: Evaluation) -> dict[str, float]:
         for gap, result in by_gap.items():
             metrics[f"recall_{gap}_{step}"] = result["value"]
             metrics[f"recall_{gap}_{step}_stderr"] = result["stderr"]
+    control = evaluation["control"]
+    if control is not None:
+        metrics |= {"control_window": control["window"], "control_perplexity": control["perplexity"]}
+        metrics |= {f"control_recall_{gap}": result["value"] for gap, result in control["recall"].items()}
+    long: dict[str, Positions | None] = {side: found for side, found in evaluation["positions"].items()}
+    long["control"] = None if control is None else control["positions"]
+    for side, found in long.items():
+        if found is not None and found["ranges"]:
+            metrics[f"loss_at_{found['length']}_{side}"] = found["ranges"][-1]["loss"]
     for name, task in evaluation["tasks"].items():
         for side in SIDES:
             metrics[f"{name}_{task['metric']}_{side}"] = task[side]["value"]

@@ -311,6 +311,7 @@ def _names(folder: Path) -> set[str]:
 def _quiet() -> Iterator[None]:
     """Silence lm-eval's and datasets' chatter: their warnings address its own command line, their bars nest badly."""
     import datasets
+    from lm_eval import evaluator
     from tqdm import tqdm
 
     def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -319,15 +320,18 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     original, bars = tqdm.__init__, datasets.utils.logging.is_progress_bar_enabled()
+    commit = evaluator.get_git_commit_hash
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     tqdm.__init__ = disabled
+    evaluator.get_git_commit_hash = lambda: None  # nobody reads it, and outside a checkout git complains
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it bootstraps
             yield
     finally:
         tqdm.__init__ = original
+        evaluator.get_git_commit_hash = commit
         if bars:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):

@@ -46,16 +46,13 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return [(start, min(stop, length)) for start, stop in itertools.pairwise(edges)]
 
 
-def loss_by_position(
+def position_losses(
     model: nn.Module, batch: dict[str, Tensor], *, on_rows: Callable[[int], None] | None = None
-) -> list[PositionRange]:
-    """Mean next-token loss of each range of positions, one row at a time.
+) -> Tensor:
+    """[B, T - 1] float64, loss in nats of each next token, one row at a time; NaN where a token does not count.
 
     Args:
-        batch: of `joined_rows`. The position of a loss is that of the token predicted.
-
-    Returns:
-        Per range its ``start``, ``stop``, ``loss`` in nats, ``stderr`` of that mean and the ``tokens`` counted.
+        batch: of `joined_rows`.
     """
     device = model_device(model)
     losses: list[Tensor] = []
@@ -70,11 +67,22 @@ def loss_by_position(
             counts.append(counted[0].cpu())
             if on_rows is not None:
                 on_rows(1)
-    loss, counted = torch.stack(losses), torch.stack(counts)
+    return torch.stack(losses).masked_fill(~torch.stack(counts), float("nan"))
+
+
+def loss_by_position(losses: Tensor) -> list[PositionRange]:
+    """Mean of each range of positions; the position of a loss is that of the token predicted.
+
+    Args:
+        losses: of `position_losses`.
+
+    Returns:
+        Per range its ``start``, ``stop``, ``loss`` in nats, ``stderr`` of that mean and the ``tokens`` counted.
+    """
     found: list[PositionRange] = []
-    for start, stop in buckets(loss.shape[1] + 1):
-        inside = slice(max(0, start - 1), stop - 1)
-        chosen = loss[:, inside][counted[:, inside]]
+    for start, stop in buckets(losses.shape[1] + 1):
+        inside = losses[:, max(0, start - 1) : stop - 1]
+        chosen = inside[~inside.isnan()]
         if len(chosen) > 1:
             found.append(
                 {

@@ -26,18 +26,21 @@ class Family:
         classes: its configuration and its causal language model, by their names in transformers.
         attention: name of a layer's attention module. head_dim: that module's name for its head dimension.
         rotary_interleaved: whether dims that rotate together stand side by side instead of half a head apart.
+        global_rotary: whether layers that see everything are rotated where others are local.
         embedding: last part of the input embedding's name in a checkpoint.
         renamed: names in checkpoints that the model's parameters no longer have.
-        logits_divisor, logits_softcap: values of the configuration that logits are divided by, and bounded by through
-            cap tanh(logits / cap), in this order; None where there is no such value.
+        logits_factor, logits_divisor, logits_softcap: values of the configuration that logits are multiplied by,
+            divided by, and bounded by through cap tanh(logits / cap), in this order; None where there is no such value.
     """
 
     classes: tuple[str, str]
     attention: str = "self_attn"
     head_dim: str = "head_dim"
     rotary_interleaved: bool = False
+    global_rotary: bool = True
     embedding: str = "embed_tokens"
     renamed: Mapping[str, str] = field(default_factory=dict)
+    logits_factor: str | None = None
     logits_divisor: str | None = None
     logits_softcap: str | None = None
 
@@ -61,6 +64,24 @@ FAMILIES = {
     "granite": Family(("GraniteConfig", "GraniteForCausalLM"), logits_divisor="logits_scaling"),
     "gemma2": Family(("Gemma2Config", "Gemma2ForCausalLM"), logits_softcap="final_logit_softcapping"),
     "gemma3_text": Family(("Gemma3TextConfig", "Gemma3ForCausalLM"), logits_softcap="final_logit_softcapping"),
+    "olmo": Family(("OlmoConfig", "OlmoForCausalLM")),
+    "olmo3": Family(("Olmo3Config", "Olmo3ForCausalLM")),
+    "ministral": Family(("MinistralConfig", "MinistralForCausalLM")),
+    "gemma": Family(("GemmaConfig", "GemmaForCausalLM")),
+    "glm": Family(("GlmConfig", "GlmForCausalLM"), rotary_interleaved=True),
+    "glm4": Family(("Glm4Config", "Glm4ForCausalLM"), rotary_interleaved=True),
+    "cohere2": Family(
+        ("Cohere2Config", "Cohere2ForCausalLM"),
+        rotary_interleaved=True,
+        global_rotary=False,
+        logits_factor="logit_scale",
+    ),
+    "starcoder2": Family(("Starcoder2Config", "Starcoder2ForCausalLM")),
+    "phi": Family(("PhiConfig", "PhiForCausalLM")),
+    "apertus": Family(("ApertusConfig", "ApertusForCausalLM")),
+    "seed_oss": Family(("SeedOssConfig", "SeedOssForCausalLM")),
+    "ernie4_5": Family(("Ernie4_5Config", "Ernie4_5ForCausalLM"), rotary_interleaved=True),
+    "exaone4": Family(("Exaone4Config", "Exaone4ForCausalLM"), global_rotary=False),
     "gpt_neox": Family(
         ("GPTNeoXConfig", "GPTNeoXForCausalLM"),
         attention="attention",
@@ -94,6 +115,11 @@ def _recurrent(values: Mapping[str, Any]) -> bool:
     kinds = f"{values.get('layer_types')} {values.get('layers_block_type')}"
     named = any(f"'{kind}'" in kinds for kind in ("linear_attention", "mamba", "conv", "recurrent", "hybrid"))
     return named or any(key.startswith(("mamba_", "ssm_")) for key in values)
+
+
+def _experts(values: Mapping[str, Any]) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(isinstance(number := values.get(name), int) and number > 1 for name in names)
 
 
 # The first that applies is named, so the more fundamental ones come first.
@@ -164,6 +190,16 @@ OBSTACLES = (
         _names("gemma3n_text"),
         lambda values: bool(values.get("num_kv_shared_layers")),
     ),
+    Obstacle(
+        "its global layers have heads of another number and size than the local ones, which its configuration counts",
+        _names("gemma4_text"),
+        lambda values: bool(values.get("global_head_dim")),
+    ),
+    Obstacle(
+        "its layers hand no keyword arguments to their attention, so the cache, the padding and the documents of a pass"
+        " do not reach it",
+        _names("stablelm nemotron"),
+    ),
     Obstacle("each of its heads subtracts one softmax attention from another", _names("diffllama")),
     Obstacle("it adds a learned mask to its scores", _names("doge")),
     Obstacle(
@@ -173,6 +209,12 @@ OBSTACLES = (
     Obstacle(
         "its learned position embeddings end with its context, so it cannot use a state for longer texts",
         _names("gpt2 gpt_bigcode opt biogpt openai-gpt"),
+    ),
+    Obstacle(
+        "its feed-forward layers choose among experts, which a checkpoint holds one by one and the model joined: its"
+        " layers cannot be read one at a time, and what fits into memory is told for dense layers alone",
+        _names("mixtral qwen2_moe qwen3_moe olmoe flex_olmo granitemoe phimoe ernie4_5_moe glm4_moe"),
+        _experts,
     ),
 )
 

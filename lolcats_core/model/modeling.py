@@ -57,9 +57,9 @@ class LinearizedMixin:
             check_attention(config._attn_implementation)
         if config.linearize is None:
             raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
+        config._attn_implementation = ATTENTION_NAME
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
-        config._attn_implementation = ATTENTION_NAME
         decoder = cast(PreTrainedModel, self).base_model
         if decoder is not self and isinstance(decoder, LinearizedMixin):
             # transformers makes the decoder of some heads through `AutoModel`; one more module belongs to the whole.
@@ -67,14 +67,15 @@ class LinearizedMixin:
             del decoder.linearized
             return
         settings = LinearizeConfig.from_dict(config.linearize)
-        head_dim, decoder = family_of(config).head_dim, cast(PreTrainedModel, self).base_model
+        family, decoder = family_of(config), cast(PreTrainedModel, self).base_model
         for layer in attention_layers(cast(nn.Module, self)):
             kept = layer.kept = KeptGroups.of(config, layer.layer_idx)
-            fuse_rotary(layer)
+            if not family.rotary_interleaved:
+                fuse_rotary(layer)
             if kept.groups.linear:
                 queries = config.num_attention_heads // kept.groups.count
-                maps = FeatureMaps(settings, kept.groups, queries, getattr(layer, head_dim))
-                maps.rotary = layer_rotary(decoder, layer, family_of(config).rotary_interleaved)
+                maps = FeatureMaps(settings, kept.groups, queries, getattr(layer, family.head_dim))
+                maps.rotary = layer_rotary(decoder, layer, family)
                 layer.feature_maps = maps
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
         # refuses to put them onto the softmax teacher, whose other modules have the same names.

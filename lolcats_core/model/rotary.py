@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lolcats_core.model.families import Family
+
 NAME = "apply_rotary_pos_emb"
 RotaryFunction = Callable[..., tuple[Tensor, Tensor]]
 
@@ -41,13 +43,17 @@ class Rotary:
         return getattr(self.embedding, self.buffer).to(device)
 
 
-def layer_rotary(decoder: nn.Module, layer: Any, interleaved: bool) -> Rotary | None:
-    """The layer's rotary embedding, or None where it has none (SmolLM3 leaves it out in some layers)."""
+def layer_rotary(decoder: nn.Module, layer: Any, family: Family) -> Rotary | None:
+    """The layer's rotary embedding, or None where it has none (some families leave it out in some layers)."""
     embedding: Any = getattr(decoder, "rotary_emb", None)
-    if embedding is None or not getattr(layer, "use_rope", True):
+    kinds = getattr(layer.config, "layer_types", None)
+    kind = kinds[layer.layer_idx] if kinds else None
+    windowed = getattr(layer.config, "sliding_window", None) is not None
+    unrotated = not family.global_rotary and windowed and kind != "sliding_attention"
+    if embedding is None or unrotated or not getattr(layer, "use_rope", True):
         return None
-    own = f"{getattr(layer, 'layer_type', None)}_inv_freq"  # Gemma 3 has one for each kind of layer
-    return Rotary(embedding, own if hasattr(embedding, own) else "inv_freq", interleaved)
+    own = f"{kind}_inv_freq"  # Gemma 3 and OLMo 3 have one for each kind of layer
+    return Rotary(embedding, own if hasattr(embedding, own) else "inv_freq", family.rotary_interleaved)
 
 
 def changing_frequencies(config: Any) -> str | None:
@@ -58,7 +64,10 @@ def changing_frequencies(config: Any) -> str | None:
 
 
 def fuse_rotary(layer: nn.Module) -> None:
-    """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was."""
+    """Let the attention layer rotate q and k in one pass on a GPU; what the kernel does not take stays as it was.
+
+    The kernel rotates dims half a head apart: the layers of families with `rotary_interleaved` are not to come here.
+    """
     forward: Any = inspect.unwrap(type(layer).forward)  # transformers wraps it while it renames an argument
     code = getattr(forward, "__code__", None)  # none of a forward that is no plain function
     if code is None or NAME not in code.co_names:

@@ -85,7 +85,8 @@ def allocate(
         dtype: of cached keys and values.
 
     Raises:
-        UserError: `settings` name kept heads or a window for them, or the bytes do not suffice.
+        UserError: `settings` name kept heads or a window for them, a size does not fit the teacher, or the bytes do not
+            suffice.
     """
     assert params.cache_budget is not None
     if settings.softmax_layers or settings.softmax_heads or settings.softmax_window is not None:
@@ -95,6 +96,12 @@ def allocate(
     length = params.cache_length or getattr(config, "max_position_embeddings", None)
     if length is None:
         raise UserError("`select.cache_length` must be given for a teacher that does not state its context, got null")
+    own = None if local_layers(config) else getattr(config, "sliding_window", None)
+    widest = max((size for size in (params.rest, *(rung["size"] for rung in params.ladder)) if size), default=0)
+    if own is not None and widest >= own:
+        raise UserError(
+            f"`select.ladder` and `select.rest` must stay below the teacher's own sliding window of {own}, got {widest}"
+        )
     teacher = teacher_size(config, dtype).at(length)
     fixed = [rung["size"] for rung in params.ladder[:-1] for _ in range(rung["groups"] or 0)]
     if len(fixed) > len(order):

@@ -54,6 +54,8 @@ def output_logits(student: Any, hidden: Tensor) -> Tensor:
     """Logits [..., V] of final hidden states [..., d], as the supported families compute them."""
     config, family = student.config, family_of(student.config)
     logits = student.get_output_embeddings()(hidden)
+    if family.logits_factor is not None:
+        logits = logits * getattr(config, family.logits_factor)
     if family.logits_divisor is not None:
         logits = logits / getattr(config, family.logits_divisor)
     cap = None if family.logits_softcap is None else getattr(config, family.logits_softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
 from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.evaluation.streamed_perplexity import streamed_perplexity
 from lolcats_core.model.map_files import write_feature_maps
@@ -26,16 +28,20 @@ from lolcats_core.training.perplexity import PerplexityResult, perplexity
 from tasks.runner.artifacts import selected
 from tasks.runner.stage import Stage
 
+# Rows beyond the training length, where the teacher's context allows it.
+LONG_FACTOR = 4
+
 
 class Models:
-    """The model at each step: ``teacher``; ``swapped``, with untrained maps in place of softmax; ``transferred``, with
-    trained ones; ``finetuned``.
+    """The model at each step: ``teacher``; ``control``, with plain windows of the student's bytes instead of linear
+    attention; ``swapped``, with untrained maps in place of softmax; ``transferred``, with trained ones; ``finetuned``.
 
     Attributes:
         by_layer: whether the weights leave no room on the device. Then only `perplexity` is there.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
         self.stage, self.teacher = stage, Teacher.open(stage.input("teacher"))
         self.device = resolve_device(stage.params.compute.device)
         self.dtype = resolve_dtype(stage.params.compute.precision)
@@ -51,6 +57,18 @@ class Models:
             self._loaded = {name: model for name, model in shared.items() if model is not None}
             self._loaded[step] = self._load(step)
         return self._loaded[step]
+
+    @cached_property
+    def control(self) -> LinearizeConfig | None:
+        """Settings of the control, its bytes counted at `long_tokens`; None where there is none."""
+        settings, _ = selected(self.stage)
+        return control_settings(self.teacher.config, settings, self.dtype, self.long_tokens)
+
+    @cached_property
+    def long_tokens(self) -> int:
+        """Tokens of the rows that are longer than those of training, as far as the teacher's context allows it."""
+        length = LONG_FACTOR * self.sequence_length
+        return min(length, self.teacher.context) if self.teacher.context else length
 
     def hash(self, step: str) -> str:
         """`model_hash` of one step's whole model."""
@@ -75,6 +93,9 @@ class Models:
             return self.teacher.load(self.dtype, self.device)
         if step == "finetuned":
             return self._load_finetuned(stage.input("finetune") / "model")
+        if step == "control":
+            assert self.control is not None, "there is no control"
+            return linearize(self.get("teacher"), self.control)
         settings, maps = selected(stage)
         student = linearize(self.get("teacher"), settings, seed=stage.params.seed)
         if step == "transferred":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,22 +19,21 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
-from lolcats_common.records import Audit, Positions, StateBytes
+from lolcats_common.records import Audit, Control, Measured, Positions, StateBytes
 from lolcats_core import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.data.special_tokens import begin_ids, special_ids
-from lolcats_core.evaluation import audit, code_continuation, generation, position, synthetic
+from lolcats_core.evaluation import audit, code_continuation, control, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import ResultCache
-from lolcats_core.model.decoding.state_size import state_facts
+from lolcats_core.model.decoding.state_size import state_facts, state_size
 from lolcats_core.training.perplexity import bigram_perplexity
 from tasks.measurements import models
+from tasks.runner.artifacts import selected
 from tasks.runner.stage import Stage
 
 logger = logging.getLogger(__name__)
-# Rows beyond the training length, where the teacher's context allows it.
-LONG_FACTOR = 4
 PROMPT_TOKENS = 128
 # What needs a model that is there as a whole, by its parameter, and the value that leaves it out.
 NEEDS_WHOLE = {"recall_gaps": (), "tasks": (), "long_rows": 0, "generation_prompts": 0, "audit_rows": 0}
@@ -48,7 +48,9 @@ class Measurements:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.params = stage, stage.params.evaluate
-        self.models = models.Models(stage)
+        data = stage.input("prepare")
+        self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
+        self.models = models.Models(stage, int(self.rows.sequence_length))
         self.left_out: list[str] = []
         if self.models.by_layer:
             self.left_out = [name for name, nothing in NEEDS_WHOLE.items() if getattr(self.params, name) != nothing]
@@ -57,8 +59,6 @@ class Measurements:
                 "the models do not fit %s: perplexity goes layer by layer, and what needs a whole model is left out: %s"
             )
             logger.warning(text, self.models.device.type, ", ".join(self.left_out) or "nothing")
-        data = stage.input("prepare")
-        self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
         self.tokenizer = self.models.teacher.tokenizer()
         # At once: lm-eval gives a tokenizer without one a padding token.
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
@@ -135,18 +135,55 @@ class Measurements:
 
     def positions(self, step: str) -> Positions:
         """Loss by position in rows longer than those of training."""
-        context = self.teacher_facts()["context"]
-        length = LONG_FACTOR * int(self.rows.sequence_length)
-        length = min(length, context) if context else length
+        return self._positions(step)["positions"]
+
+    def _positions(self, step: str) -> dict[str, Any]:
+        """``positions`` as they are recorded, and the ``losses`` of single tokens behind them."""
+        length = self.models.long_tokens
 
         def measure() -> Mapping[str, Any]:
             batch = position.joined_rows(self.rows, length, self.params.long_rows)
             count, tokens = batch["input_ids"].shape
             with progress(count, f"loss by position of the {step} model") as bar:
-                found = position.loss_by_position(self.models.get(step), batch, on_rows=bar.update)
-            return {"rows": count, "length": tokens, "ranges": found}
+                losses = position.position_losses(self.models.get(step), batch, on_rows=bar.update)
+            ranges = position.loss_by_position(losses)
+            rounded = [[None if math.isnan(x) else round(x, 5) for x in row] for row in losses.tolist()]
+            return {"positions": {"rows": count, "length": tokens, "ranges": ranges}, "losses": rounded}
 
         return self.cached(step, "positions", {"length": length, "count": self.params.long_rows}, measure)
+
+    def measure_control(self) -> None:
+        """Everything that is measured on the control's model, where there is one."""
+        if self.models.control is not None and not self.models.by_layer:
+            self.perplexity("control")
+            for gap in self.params.recall_gaps:
+                self.recall("control", gap)
+            if self.params.long_rows:
+                self.positions("control")
+
+    def control(self) -> Control | None:
+        """The student beside its control, after both were measured."""
+        settings, teacher = self.models.control, self.models.teacher.config
+        if settings is None or self.models.by_layer:
+            return None
+        student, tokens = selected(self.stage)[0], self.models.long_tokens
+        sizes = [state_size(teacher, each, self.models.dtype).at(tokens) for each in (settings, student)]
+        measured: Control = {
+            "window": control.window_of(settings, student, teacher),
+            "sinks": control.SINKS,
+            "tokens": tokens,
+            "bytes": sizes[0],
+            "student_bytes": sizes[1],
+            "perplexity": self.perplexity("control")["perplexity"],
+            "recall": {str(gap): measured_value(self.recall("control", gap)) for gap in self.params.recall_gaps},
+            "positions": None,
+            "differences": [],
+        }
+        if self.params.long_rows:
+            found, compared = self._positions("control"), self._positions("finetuned")
+            measured["positions"] = found["positions"]
+            measured["differences"] = control.loss_differences(compared["losses"], found["losses"])
+        return measured
 
     def task(self, step: str, name: str) -> dict[str, Any]:
         """One lm-eval task on one model, with every item's answer."""
@@ -236,6 +273,11 @@ class Measurements:
                 )
                 synthetic.write_task(name, items, file, self.task_dir)
             write_text(self.stage.out / file.name, file.read_text(encoding="utf-8"))
+
+
+def measured_value(result: Mapping[str, Any]) -> Measured:
+    """The value and its standard error alone."""
+    return {"value": result["value"], "stderr": result["stderr"]}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,7 @@ from lolcats_common.tables import markdown_table
 
 Scores = tuple[Measured, Measured]  # teacher's, student's
 PROBED = ("loads", "recurrent", "left_padding", "speed", "memory")
-GATES = ("perplexity", "task_recovery", "recall_recovery", "regression", *PROBED)
+GATES = ("perplexity", "task_recovery", "recall_recovery", "earns_bytes", "regression", *PROBED)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def evaluate_gates(
         "perplexity": _perplexity(gates, evaluation),
         "task_recovery": list(_recovery(tasks, gates.min_task_recovery, gates.noise)),
         "recall_recovery": list(_recovery(recall, gates.min_recall_recovery, gates.noise)),
+        "earns_bytes": list(_earns_bytes(gates, evaluation)),
         "regression": list(_regression(gates, evaluation, champion)) if champion is not None else [],
         **_probed(gates, probe or {}),
     }
@@ -171,6 +172,34 @@ def _recovery(scores: Mapping[str, Scores], bound: float, noise: float) -> Itera
             value, error = share
             measured = f"{value:.3f} ± {error:.3f} of the teacher"
             yield Check(name, measured, f"at least {bound:g}", value + noise * error >= bound)
+
+
+def _earns_bytes(gates: GatesParams, evaluation: Evaluation) -> Iterator[Check]:
+    """The student beside a plain window of its bytes, where both were measured; a tie within noise is not earned."""
+    control = evaluation.get("control")
+    if control is None:
+        return
+    student = evaluation["perplexity"]["finetuned"]
+    bound = control["perplexity"]
+    yield Check("perplexity", f"{student:.4g}", f"below the plain window's {bound:.4g}", student < bound)
+    for entry in control["differences"][-1:]:
+        least = -gates.noise * entry["stderr"]
+        yield Check(
+            f"loss at {entry['start']} to {entry['stop']} tokens less the plain window's",
+            f"{entry['difference']:+.4f} ± {entry['stderr']:.4f}",
+            f"below {least:.4f}",
+            entry["difference"] < least,
+        )
+    recall = (evaluation.get("recall") or {}).get("finetuned") or {}
+    for gap in sorted(recall.keys() & control["recall"].keys(), key=int):
+        now, plain = recall[gap], control["recall"][gap]
+        tolerance = gates.noise * math.hypot(now["stderr"] or 0.0, plain["stderr"] or 0.0)
+        yield Check(
+            f"recall at gap {gap}",
+            f"{now['value']:.3f}",
+            f"the plain window's {plain['value']:.3f} less {tolerance:.3f}",
+            now["value"] >= plain["value"] - tolerance,
+        )
 
 
 def _regression(gates: GatesParams, evaluation: Evaluation, champion: Evaluation) -> Iterator[Check]:

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lolcats_common.records import BIGRAM, BRANCHES, SIDES, STEPS, Audit, Evaluation, Measured, Speed, StateBytes
+from lolcats_common.records import (
+    BIGRAM,
+    BRANCHES,
+    CONTROL,
+    SIDES,
+    STEPS,
+    Audit,
+    Evaluation,
+    Measured,
+    Speed,
+    StateBytes,
+    control_line,
+)
 from lolcats_common.tables import interval, measured, number
 
 TEMPLATE = "report.html.j2"
@@ -80,6 +92,7 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
         perplexity=_perplexity(evaluation["perplexity"]),
         tasks=_tasks(evaluation),
         recall=_recall(evaluation),
+        control=_control(evaluation),
         cells=_cells(evaluation),
         state=_state(evaluation["state"]),
         generation=evaluation["generation"],
@@ -104,6 +117,13 @@ def _headlines(evaluation: Evaluation) -> Iterable[str]:
     for name, task in evaluation["tasks"].items():
         before, after = (task[side]["value"] for side in SIDES)
         yield f"{name}: {number(after)}, the teacher {number(before)} ({task['metric']})."
+    control = evaluation.get("control")
+    if control is not None:
+        outcome = "better" if student < control["perplexity"] else "worse"
+        yield (
+            f"A plain window of the student's bytes ({control['window']} tokens and the first {control['sinks']}),"
+            f" untrained, has perplexity {number(control['perplexity'])}: the student is {outcome}."
+        )
     whole, off = evaluation["audit"].get("whole"), evaluation["audit"].get("linear_off")
     if whole is not None and off is not None:
         yield f"Without its linear branch, the student's perplexity is {number(off / whole)} times as high."
@@ -140,12 +160,30 @@ def _tasks(evaluation: Evaluation) -> Table:
 
 
 def _recall(evaluation: Evaluation) -> Table:
-    recall = evaluation["recall"]
+    recall, control = evaluation["recall"], evaluation.get("control")
+    plain = control["recall"] if control else {}
     rows = [
-        (f"copying at gap {gap}", *(measured(recall[side][gap]) for side in SIDES))
+        (f"copying at gap {gap}", *(measured(recall[side][gap]) for side in SIDES), measured(plain.get(gap)))
         for gap in sorted(recall.get("teacher", {}), key=int)
     ]
-    return Table(("measure", *SIDES.values()), rows)
+    return Table(("measure", *SIDES.values(), CONTROL), rows)
+
+
+def _control(evaluation: Evaluation) -> tuple[str, Table] | None:
+    """What the control is, and the losses by position of teacher, student and control with the paired difference."""
+    control = evaluation.get("control")
+    if control is None:
+        return None
+    ranges = [evaluation["positions"][side]["ranges"] for side in SIDES] if evaluation["positions"] else []
+    ranges += [control["positions"]["ranges"]] if control["positions"] else []
+    differences = {entry["start"]: entry for entry in control["differences"]}
+    rows = []
+    for entries in zip(*ranges, strict=True):
+        start, stop = entries[0]["start"], entries[0]["stop"]
+        found = differences.get(start)
+        paired = "" if found is None else f"{found['difference']:+.3f} ± {found['stderr']:.3f}"
+        rows.append((f"{start} to {stop}", *(f"{entry['loss']:.3f}" for entry in entries), paired))
+    return control_line(control), Table(("tokens", *SIDES.values(), CONTROL, f"student less {CONTROL}"), rows)
 
 
 def _cells(evaluation: Evaluation) -> list[Table]:

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.files import read_json, write_json
-from lolcats_common.records import BIGRAM, SIDES, STEPS, Evaluation, StageRecord, Summary
+from lolcats_common.records import (
+    BIGRAM,
+    CONTROL,
+    SIDES,
+    STEPS,
+    Evaluation,
+    Positions,
+    StageRecord,
+    Summary,
+    control_line,
+)
 from lolcats_common.tables import markdown_table, measured, number
 from tasks.registry.register import RegisteredVersion
 from tasks.registry.versions import VersionStatus
@@ -46,6 +56,8 @@ def build(
         "perplexity": perplexity,
         "perplexity_ratio": {k: v / teacher for k, v in perplexity.items() if k != "teacher"} if teacher else {},
         "recall": evaluation.get("recall") or {},
+        "positions": evaluation.get("positions") or {},
+        "control": evaluation.get("control"),
         "tasks": evaluation.get("tasks") or {},
         "lm_eval_version": evaluation.get("lm_eval_version"),
         "stages": {done.stage: _stage(root, done) for done in stages},
@@ -89,29 +101,40 @@ def headline(summary: Summary) -> dict[str, float]:
     flat = {f"perplexity/{step}": value for step, value in summary["perplexity"].items()}
     for side, gaps in summary["recall"].items():
         flat |= {f"recall/{side}/gap_{gap}": result["value"] for gap, result in gaps.items()}
+    if summary["control"]:
+        flat["perplexity/control"] = summary["control"]["perplexity"]
     for name, task in summary["tasks"].items():
         flat |= {f"{name}/{side}": task[side]["value"] for side in SIDES if side in task}
     return flat
 
 
-def result_rows(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """Rows of the main table: what, teacher, student, student over teacher."""
+def result_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the main table: what, teacher, student, student over teacher, control (`CONTROL`)."""
     rows = []
-    perplexity, ratio = summary["perplexity"], summary["perplexity_ratio"]
+    perplexity, ratio, control = summary["perplexity"], summary["perplexity_ratio"], summary["control"]
     for step, label in STEPS.items():
         if step not in perplexity:
             continue
         value = number(perplexity[step])
-        cells = (value, "", "") if step == "teacher" else ("", value, f"{number(ratio.get(step))}x")
+        beside = number(control["perplexity"]) if control and step == "finetuned" else ""
+        cells = (value, "", "", "") if step == "teacher" else ("", value, f"{number(ratio.get(step))}x", beside)
         rows.append((f"perplexity, {label}", *cells))
     if "bigram" in perplexity:
-        rows.append((f"perplexity, {BIGRAM}", number(perplexity["bigram"]), "", ""))
+        rows.append((f"perplexity, {BIGRAM}", number(perplexity["bigram"]), "", "", ""))
+    sides: list[Positions | None] = [summary["positions"].get(side) for side in SIDES]
+    sides.append(control["positions"] if control else None)
+    newest = [found["ranges"][-1] if found and found["ranges"] else None for found in sides]
+    if newest[0] is not None:
+        label = f"loss at {newest[0]['start']} to {newest[0]['stop']} tokens"
+        losses = ["" if each is None else f"{each['loss']:.3f}" for each in newest]
+        rows.append((label, losses[0], losses[1], "", losses[2]))
     teacher, student = (summary["recall"].get(side) or {} for side in SIDES)
     for gap in sorted(teacher, key=int):
-        rows.append((f"copying recall at gap {gap}", measured(teacher[gap]), measured(student.get(gap)), ""))
+        beside = measured(control["recall"].get(gap)) if control else ""
+        rows.append((f"copying recall at gap {gap}", measured(teacher[gap]), measured(student.get(gap)), "", beside))
     for name, task in summary["tasks"].items():
         label = f"{name} ({task.get('metric', 'acc')}, {task.get('items', '?')} items)"
-        rows.append((label, measured(task.get("teacher")), measured(task.get("finetuned")), ""))
+        rows.append((label, measured(task.get("teacher")), measured(task.get("finetuned")), "", ""))
     return rows
 
 
@@ -128,9 +151,10 @@ def stage_rows(summary: Summary) -> list[tuple[str, str, str, str, str]]:
 
 def markdown(summary: Summary) -> str:
     """Both tables as Markdown."""
-    results = markdown_table(("", *SIDES.values(), "ratio"), result_rows(summary))
+    results = markdown_table(("", *SIDES.values(), "ratio", CONTROL), result_rows(summary))
     stages = markdown_table(("stage", "tokens", "trainable", "seconds", ""), stage_rows(summary))
-    return f"{results}\n\n{stages}\n\n{_registration(summary)}\n"
+    legend = f"\n\n{control_line(summary['control'])}" if summary["control"] else ""
+    return f"{results}{legend}\n\n{stages}\n\n{_registration(summary)}\n"
 
 
 def show(summary: Summary) -> None:
@@ -142,12 +166,12 @@ def show(summary: Summary) -> None:
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
-    console = Console(width=None if terminal else 100, highlight=False)
+    console = Console(width=None if terminal else 118, highlight=False)
     results = Table(
         box=box.SIMPLE_HEAD if terminal else box.ASCII2, title="Teacher beside student", title_justify="left"
     )
     results.add_column("")
-    for column in ("teacher", "student", "student / teacher"):
+    for column in ("teacher", "student", "student / teacher", CONTROL):
         results.add_column(column, justify="right")
     for row in result_rows(summary):
         results.add_row(*row)
@@ -159,6 +183,8 @@ def show(summary: Summary) -> None:
     for entry in stage_rows(summary):
         stages.add_row(*entry)
     console.print(results)
+    if summary["control"]:
+        console.print(control_line(summary["control"]), markup=False, soft_wrap=True)
     console.print(stages)
     console.print(_registration(summary), markup=False)
     reused = [name for name, entry in summary["stages"].items() if entry["state"] != "ran"]

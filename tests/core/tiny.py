@@ -46,7 +46,7 @@ CHAT = (
 def tiny_teacher(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of `family`: 3 layers, 4 query heads, 2 key/value heads (4 of GPT-NeoX), head dim 8.
 
-    Gemma's middle layer is local, with a window of 12 tokens.
+    Where a family has local layers the middle one is, with a window of 12 tokens.
     """
     config_class, model_class = FAMILIES[family].resolve()
     values = {
@@ -65,7 +65,7 @@ def tiny_teacher(family: str = "llama", seed: int = 0, dtype: torch.dtype = torc
     }
     if family == "gpt_neox":
         del values["num_key_value_heads"], values["head_dim"]  # it has as many as query heads
-    if family.startswith("gemma"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "ministral", "cohere2", "exaone4"):
         values |= {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
     torch.manual_seed(seed)
     model: PreTrainedModel = model_class(config_class(**values | changes))

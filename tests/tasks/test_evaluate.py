@@ -17,6 +17,7 @@ from lolcats_common.files import write_json
 from lolcats_common.params import ComputeParams, EvaluateParams, Params, TeacherParams
 from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
+from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.teacher.pin import Teacher, resolve_teacher, write_pin
 from lolcats_core.training.perplexity import perplexity
@@ -144,6 +145,16 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
     assert task["recovery"]["value"] == pytest.approx(task["finetuned"]["value"] / task["teacher"]["value"])
     assert [len(result["positions"][step]["ranges"]) for step in ("teacher", "finetuned")] == [5, 5]
     assert result["positions"]["teacher"]["length"] == 4 * LENGTH
+    control = result["control"]
+    settings = control_settings(teacher.config, PARAMS.linearize, torch.float32, 4 * LENGTH)
+    assert settings is not None
+    plain = linearize(teacher, settings)
+    assert control["perplexity"] == perplexity(plain, rows, batch_size=4, max_rows=5).perplexity
+    assert control["bytes"] <= control["student_bytes"]
+    assert (control["tokens"], set(control["recall"])) == (4 * LENGTH, {"16", "32"})
+    sides = result["positions"]["finetuned"], control["positions"]
+    for entry, student, other in zip(control["differences"], *(found["ranges"] for found in sides), strict=True):
+        assert entry["difference"] == pytest.approx(student["loss"] - other["loss"], abs=2e-2)
     assert result["generation"]["prompts"] == 2
     state = result["state"]
     assert metrics["state_over_published"] == (state["linear"] + state["exact"]) / state["published"]
@@ -188,7 +199,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_and_measures_nothing_twice
     killing = False
     resumed = FakeStage(outputs, tmp_path / "cut")
     evaluate.run(resumed)  # type: ignore[arg-type]
-    assert sorted(calls) == ["copy_recall"] * 4 + ["perplexity"] * 3 + ["run_lm_eval"] * 4
+    assert sorted(calls) == ["copy_recall"] * 6 + ["perplexity"] * 4 + ["run_lm_eval"] * 4
     written = sorted(path.relative_to(whole.out) for path in whole.out.rglob("*") if path.is_file())
     assert written == sorted(path.relative_to(resumed.out) for path in resumed.out.rglob("*") if path.is_file())
     same = [file for file in written if file.name != "speed.json"]
@@ -278,4 +289,4 @@ def test_another_run_measures_only_what_its_model_or_settings_change(
     second = FakeStage(outputs, tmp_path / "second", params)
     second.results = first.results
     evaluate.run(second)  # type: ignore[arg-type]
-    assert calls == ["copy_recall"] * 2
+    assert calls == ["copy_recall"] * 3  # of teacher, control and student at the new gap

@@ -66,6 +66,17 @@ EVALUATION: dict[str, Any] = {
         },
     },
     "positions": {"teacher": RANGES, "finetuned": RANGES},
+    "control": {
+        "window": 147,
+        "sinks": 4,
+        "tokens": 2048,
+        "bytes": 5999,
+        "student_bytes": 6000,
+        "perplexity": 11.5,
+        "recall": {"1024": MEASURED, "64": MEASURED},
+        "positions": RANGES,
+        "differences": [{"start": 0, "stop": 64, "difference": -0.125, "stderr": 0.015625}],
+    },
     "generation": {
         **{name: MEASURED for name in ("exact_prefix", "token_f1", "same_stop")},
         **{f"{name}_{step}": MEASURED for name in ("repetition", "stopped") for step in ("teacher", "finetuned")},
@@ -159,7 +170,7 @@ def test_the_page_says_everything_and_needs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_measured_little_still_has_a_report(tmp_path: Path) -> None:
-    empty: dict[str, Any] = {"recall": {"teacher": {}, "finetuned": {}}, "tasks": {}, "positions": {}}
+    empty: dict[str, Any] = {"recall": {"teacher": {}, "finetuned": {}}, "tasks": {}, "positions": {}, "control": None}
     evaluation = {**EVALUATION, **empty, "generation": {}, "audit": {}, "task_hashes": {}}
     stage = make(tmp_path, evaluation)
     for name in ("transfer", "finetune"):

@@ -56,8 +56,13 @@ def shipped(folder: Path, file: str, docs: list[dict[str, Any]], splits: tuple[s
 
 
 def test_a_model_that_knows_the_text_answers_everything(
-    memorizer: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    memorizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no git checkout
     write_task(continuation_items(), tmp_path / "items.jsonl", tmp_path / "task")
     memorizer.know(tokenizer(TEXT)["input_ids"])
     result = run_lm_eval(memorizer, tokenizer, ["code_continuation"], task_dirs=[tmp_path / "task"], label="memorizer")[

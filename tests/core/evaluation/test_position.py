@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lolcats_core.evaluation.position import buckets, joined_rows, loss_by_position
+from lolcats_core.evaluation.position import buckets, joined_rows, loss_by_position, position_losses
 from tests.core.tiny import FakeRows
 
 
@@ -28,7 +28,7 @@ def test_rows_are_joined_in_their_order_and_packed_documents_are_not() -> None:
 def test_a_constant_model_loses_the_same_everywhere(constant: Any) -> None:
     ids = torch.full((2, 200), constant.token)
     ids[:, 100:] = 7
-    found = loss_by_position(constant, {"input_ids": ids})
+    found = loss_by_position(position_losses(constant, {"input_ids": ids}))
     right, wrong = math.log(1 + 256 * math.exp(-20)), 20 + math.log(1 + 256 * math.exp(-20))
     assert [(entry["start"], entry["stop"], entry["tokens"]) for entry in found] == [
         (0, 64, 126),
@@ -45,7 +45,7 @@ def test_a_copier_knows_the_second_half_and_a_window_does_not(copier: Any, windo
     half = torch.randint(1, 257, (1, 128), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": torch.cat([half, half], 1)}
     for model, known in ((copier, True), (window_only, False)):
-        losses = [entry["loss"] for entry in loss_by_position(model, batch)]
+        losses = [entry["loss"] for entry in loss_by_position(position_losses(model, batch))]
         assert losses[0] > 5
         assert (losses[2] < 1) == known
 
@@ -54,5 +54,5 @@ def test_masked_targets_do_not_count(constant: Any) -> None:
     ids = torch.full((1, 100), constant.token)
     mask = torch.ones(1, 100, dtype=torch.bool)
     mask[0, 30:64] = False
-    (first, second) = loss_by_position(constant, {"input_ids": ids, "loss_mask": mask})
+    (first, second) = loss_by_position(position_losses(constant, {"input_ids": ids, "loss_mask": mask}))
     assert (first["tokens"], second["tokens"]) == (29, 36)

@@ -30,7 +30,7 @@ from tests.core.teacher.test_pin import make_teacher
 from tests.core.tiny import tiny_teacher, tiny_tokenizer
 
 SETTINGS = lc.LinearizeConfig(window_size=8, feature_dim=8)
-TARGETS = {"phi3": ("qkv_proj", "o_proj"), "gpt_neox": ("query_key_value", "dense")}
+TARGETS = {"phi3": ("qkv_proj", "o_proj"), "phi": ("q_proj", "dense"), "gpt_neox": ("query_key_value", "dense")}
 
 
 def trained(student: Any, targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")) -> PeftModel:

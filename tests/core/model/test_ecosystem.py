@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,16 @@ def test_a_classifier_has_the_student_s_decoder_wherever_the_family_has_a_classi
     classifier.save_pretrained(tmp_path / "again")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
     assert torch.equal(again(ids).logits, classifier(ids).logits)
+
+
+def test_every_class_is_made_from_a_configuration_too_one_without_an_attention_function(tmp_path: Path) -> None:
+    tiny_student().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values.pop("attn_implementation") == "lolcats_hybrid"
+    (tmp_path / "config.json").write_text(json.dumps(values))  # as earlier versions wrote it
+    for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
+        auto.from_config(AutoConfig.from_pretrained(tmp_path))(tokens(1, 9))
+        auto.from_pretrained(tmp_path)(tokens(1, 9))
 
 
 def test_a_softmax_class_refuses_a_student(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -18,7 +21,8 @@ from lolcats_common.errors import UserError
 from lolcats_core.model import families
 from lolcats_core.model.families import FAMILIES, OBSTACLES, refusal
 from lolcats_core.model.modeling import check_architecture, empty_student
-from tests.core.tiny import tiny_teacher
+from lolcats_core.training.losses import output_logits
+from tests.core.tiny import tiny_teacher, tokens
 
 NAMED = sorted(set().union(*(obstacle.names for obstacle in OBSTACLES)))
 TINY: dict[str, Any] = {
@@ -27,6 +31,15 @@ TINY: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "vocab_size": 31,
+}
+
+GEMMA4: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size_per_layer_input": 31,
+    "hidden_size_per_layer_input": 8,
 }
 
 
@@ -69,6 +82,13 @@ def names_with(reason: str) -> list[str]:
         ("llama4_text", TINY, "attend within chunks"),
         ("gemma3n_text", {}, "reuse the keys and values of earlier ones"),
         ("diffllama", TINY, "subtracts one softmax attention from another"),
+        ("gemma4_text", {}, "heads of another number and size"),
+        ("stablelm", TINY, "hand no keyword arguments to their attention"),
+        ("nemotron", TINY, "hand no keyword arguments to their attention"),
+        ("mixtral", TINY, "choose among experts"),
+        ("qwen3_moe", TINY, "choose among experts"),
+        ("granitemoe", TINY, "choose among experts"),
+        ("olmoe", TINY, "choose among experts"),
         ("gemma3", {}, "give its language model alone"),
         ("gemma3_text", TINY | {"use_bidirectional_attention": True}, "`use_bidirectional_attention`"),
         ("arcee", TINY, "not among the tested ones, llama, mistral"),
@@ -96,6 +116,8 @@ def test_a_model_is_refused_as_its_configuration_is() -> None:
         ({"mamba_d_state": 16}, "mixes attention"),
         ({"kv_lora_rank": 8}, "multi-head latent attention"),
         ({"num_kv_shared_layers": 2}, "reuse the keys and values"),
+        ({"n_routed_experts": 8}, "choose among experts"),
+        ({"num_experts": 1}, "not among the tested ones"),
         ({"layer_types": 3}, "not among the tested ones"),
         ({}, "not among the tested ones"),
     ],
@@ -133,6 +155,15 @@ def test_the_reasons_hold_in_the_code_of_transformers() -> None:
         assert getattr(CONFIG_MAPPING[name](), "kv_lora_rank", None), name
     for name in names_with("encoder-decoder"):
         assert CONFIG_MAPPING[name]().is_encoder_decoder, name
+    for name in names_with("no keyword arguments"):
+        (call,) = re.findall(r"self\.self_attn\((.*?)\n        \)", modelling_code(name), re.DOTALL)
+        assert "position_embeddings" in call, name
+        assert "kwargs" not in call, name
+    for name in names_with("choose among experts"):
+        assert get_checkpoint_conversion_mapping(name), name
+    for name in names_with("another number and size"):
+        layers = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**TINY, **GEMMA4)).base_model.layers
+        assert layers[0].self_attn.head_dim != layers[1].self_attn.head_dim
     for name in names_with("no softmax attention"):
         assert "softmax(" not in modelling_code(name), name
 
@@ -149,8 +180,12 @@ def test_what_a_family_says_of_its_model_is_so(name: str) -> None:
         assert isinstance(getattr(getattr(layer, family.attention), family.head_dim), int)
     embedding = teacher.get_input_embeddings().weight
     assert next(key for key, p in teacher.named_parameters() if p is embedding).endswith(f".{family.embedding}.weight")
-    for key in filter(None, (family.logits_divisor, family.logits_softcap)):
+    for key in filter(None, (family.logits_factor, family.logits_divisor, family.logits_softcap)):
         assert hasattr(teacher.config, key)
+    with torch.no_grad():
+        hidden = teacher.base_model(tokens(2, 9), use_cache=False).last_hidden_state
+        assert torch.equal(output_logits(teacher, hidden), teacher(tokens(2, 9), use_cache=False).logits)
     code = modelling_code(name)
+    assert ("logit_scale" in code) == (family.logits_factor is not None)
     assert ("logits_scaling" in code) == (family.logits_divisor is not None)
     assert ("final_logit_softcapping" in code) == (family.logits_softcap is not None)

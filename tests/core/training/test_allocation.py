@@ -125,6 +125,12 @@ def test_what_the_bytes_do_not_buy_is_refused(changes: Any, settings: Any, messa
         allocate(all_groups(CONFIG), params(**changes), made, CONFIG, torch.float32)
 
 
+def test_a_ring_as_wide_as_the_teacher_s_own_window_is_refused() -> None:
+    config = tiny_teacher("mistral", sliding_window=60).config
+    with pytest.raises(UserError, match="below the teacher's own sliding window of 60, got 60"):
+        allocate(all_groups(config), params(), SMALL, config, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

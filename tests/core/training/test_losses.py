@@ -43,7 +43,7 @@ def reference(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tenso
 
 
 @pytest.mark.parametrize("objective", [Objective(), KL, MIX], ids=["cross_entropy", "kl", "mixed"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere2", "phi"])
 def test_the_loss_and_its_gradient_are_the_definition_s_however_it_is_sliced(
     family: str, objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,45 @@ def test_checks_of_recall_stand_in_the_order_of_their_gaps() -> None:
         assert gaps == ["recall at gap 64", "recall at gap 128", "recall at gap 1024"]
 
 
+def beside(window: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation with a control of perplexity 12, long loss .1 ± .02 above the student's and recall .5."""
+    control = {
+        "perplexity": 12.0,
+        "recall": {"128": measured(0.5, 0.02)},
+        "differences": [{"start": 1024, "stop": 2048, "difference": -0.1, "stderr": 0.02}],
+    }
+    return {**evaluation(), "control": control | window}
+
+
+@pytest.mark.parametrize(
+    ("window", "failed"),
+    [
+        ({}, []),
+        ({"perplexity": 10.9}, ["perplexity"]),
+        (
+            {"differences": [{"start": 1024, "stop": 2048, "difference": -0.03, "stderr": 0.02}]},
+            ["loss at 1024 to 2048"],
+        ),
+        ({"recall": {"128": measured(0.96, 0.02)}}, []),
+        ({"recall": {"128": measured(1.0, 0.0)}, "perplexity": 11.0}, ["perplexity"]),
+        ({"differences": []}, []),
+    ],
+)
+def test_a_student_earns_its_bytes_where_it_is_better_than_a_plain_window_beyond_noise(
+    window: dict[str, Any], failed: list[str]
+) -> None:
+    found = results(new=beside(window), earns_bytes="enabled")["earns_bytes"]
+    assert [check.what for check in found.checks if not check.passed] == [
+        what for check in found.checks for what in [check.what] if any(what.startswith(name) for name in failed)
+    ]
+    assert found.refuses == bool(failed)
+
+
+def test_without_a_control_there_is_nothing_to_earn() -> None:
+    assert results()["earns_bytes"].outcome == "nothing to compare"
+    assert results(new={**evaluation(), "control": None})["earns_bytes"].outcome == "nothing to compare"
+
+
 def refusing(**given: Any) -> list[str]:
     return [name for name, result in results(**given).items() if result.refuses]
 

@@ -15,6 +15,12 @@ from tasks.reporting import summary
 from tasks.versioning.dvc_graph import Reproduced
 from tests import golden
 
+
+def long_rows(loss: float) -> dict[str, Any]:
+    ranges = [{"start": 1024, "stop": 2048, "loss": loss, "stderr": 0.01, "tokens": 2048}]
+    return {"rows": 2, "length": 2048, "ranges": ranges}
+
+
 EVALUATION: dict[str, Any] = {
     "perplexity": {"teacher": 8.0, "swapped": 1600.0, "transferred": 16.0, "finetuned": 10.0, "bigram": 300.0},
     "recall": {
@@ -28,6 +34,18 @@ EVALUATION: dict[str, Any] = {
             "finetuned": {"value": 0.7, "stderr": 0.046},
             "items": 100,
         }
+    },
+    "positions": {side: long_rows(loss) for side, loss in (("teacher", 1.5), ("finetuned", 1.75))},
+    "control": {
+        "window": 147,
+        "sinks": 4,
+        "tokens": 2048,
+        "bytes": 1_999_000,
+        "student_bytes": 2_000_000,
+        "perplexity": 11.0,
+        "recall": {"128": {"value": 0.2, "stderr": 0.03}, "256": {"value": 0.01, "stderr": 0.01}},
+        "positions": long_rows(1.875),
+        "differences": [{"start": 1024, "stop": 2048, "difference": -0.125, "stderr": 0.01}],
     },
     "lm_eval_version": "0.4.13",
     "task_hashes": {},

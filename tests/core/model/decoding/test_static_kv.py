@@ -42,8 +42,7 @@ def in_place(cache: HybridCache) -> Iterator[None]:
     yield
     for state, old in zip(states, before, strict=True):
         for name, tensor in old.items():
-            if tensor is not None:
-                state[name] = tensor.copy_(state[name])
+            state[name] = None if tensor is None else tensor.copy_(state[name])
 
 
 class Steps(_Steps):
@@ -187,9 +186,8 @@ def test_a_copied_cache_gets_storage_of_its_own_even_at_the_addresses_of_another
         found = torch.cat([steps(ids[:, t : t + 1], twin) for t in range(40, 60)], 1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for state, old in zip(home, before, strict=True):
-            for name, tensor in vars(old).items():
-                if tensor is not None:
-                    getattr(state, name).copy_(tensor)
+            for tensor, kept in zip(state.tensors(), old.tensors(), strict=True):
+                tensor.copy_(kept)
 
 
 @torch.no_grad()
