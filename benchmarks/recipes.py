@@ -36,7 +36,7 @@ from lolcats_common.tables import markdown_table, number
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.arrays import TokenFileRows
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.evaluation.recall import special_ids
+from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.experiments.study import EvalSettings, StudyContext, exclude_ids
 from lolcats_core.experiments.trials import Trial, finished, run_trials
 from lolcats_core.training.loop import Rows
@@ -101,13 +101,15 @@ def open_study(options: argparse.Namespace, settings: EvalSettings) -> StudyCont
     precision = options.precision or ("bfloat16" if device.type == "cuda" else "float32")
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(precision))
     teacher = cast(PreTrainedModel, loaded.to(device).eval()).requires_grad_(False)
-    special = special_ids(AutoTokenizer.from_pretrained(source)) if (source / "tokenizer_config.json").is_file() else ()
+    known = (source / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(source) if known else None
+    excluded = exclude_ids(teacher.config, () if tokenizer is None else special_ids(tokenizer))
     rows: list[Rows] = [
         TokenRows.open(folder / name) if file is None else TokenFileRows(file, length, teacher.config.vocab_size)
         for name, file in zip(("train", "validation"), files, strict=True)
     ]
     work = options.out.with_suffix(".rows")
-    return StudyContext(teacher, rows[0], rows[1], settings, work, exclude_ids(teacher.config, special))
+    return StudyContext(teacher, rows[0], rows[1], settings, work, excluded, tokenizer)
 
 
 def collect(trials: Iterable[Trial], study: StudyContext) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.evaluation import generation
-from lolcats_core.evaluation.recall import copy_recall, special_ids
+from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.model.branches import without_branch
 from lolcats_core.model.decoding.state_size import published_settings, state_size, teacher_size
@@ -65,6 +66,7 @@ class StudyContext:
         teacher: frozen; its weights are in every student.
         folder: holds finished trials and the feature maps that trials share; several studies may use one.
         exclude_ids: tokens that recall strings never hold.
+        tokenizer: the teacher's, for selection by retrieval.
     """
 
     teacher: PreTrainedModel
@@ -73,6 +75,7 @@ class StudyContext:
     settings: EvalSettings
     folder: Path
     exclude_ids: tuple[int, ...] = ()
+    tokenizer: Any = None
 
     @classmethod
     def open(cls, pin: Path, rows: Path, params: Params, settings: EvalSettings, folder: Path) -> StudyContext:
@@ -85,7 +88,8 @@ class StudyContext:
         tokenizer = source.tokenizer()
         teacher = source.load(resolve_dtype(params.compute.precision), resolve_device(params.compute.device))
         train, validation = (TokenRows.open(rows / name) for name in ("train", "validation"))
-        return cls(teacher, train, validation, settings, folder, exclude_ids(teacher.config, special_ids(tokenizer)))
+        excluded = exclude_ids(teacher.config, special_ids(tokenizer))
+        return cls(teacher, train, validation, settings, folder, excluded, tokenizer)
 
     @cached_property
     def inputs(self) -> str:
