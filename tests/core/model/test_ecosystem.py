@@ -159,6 +159,15 @@ def test_every_class_is_made_from_a_configuration_too_one_without_an_attention_f
         auto.from_pretrained(tmp_path)(tokens(1, 9))
 
 
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_every_trainable_parameter_of_a_loaded_student_has_a_gradient(auto: Any, tmp_path: Path) -> None:
+    """Or data-parallel training waits for one that never comes."""
+    tiny_student().save_pretrained(tmp_path)
+    model, ids = auto.from_pretrained(tmp_path).train(), tokens(2, 30)
+    model(ids, labels=ids if auto is AutoModelForCausalLM else torch.zeros(2, dtype=torch.long)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_a_softmax_class_refuses_a_student(tmp_path: Path) -> None:
     model, ids = tiny_student(), tokens(1, 9)
     model.save_pretrained(tmp_path)
