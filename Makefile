@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_VERSION := 26.3
 WORKERS ?= 2
+# Both ends of the range that linearized models run on (lolcats_core/model/transformers_versions.py).
+VERSION ?= 5.17.0 5.24.0
 
 # Bytecode makes every later start several times faster; the variables below would send Python elsewhere.
 unexport PYTHONDONTWRITEBYTECODE
@@ -13,10 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format status serve stop clean distclean
+.PHONY: help setup demo test test-transformers lint format status serve stop clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A virtual environment is made anew where it is not the one that is asked for: its programs name the path it was made at,
 # which is another one after the project was moved or copied, and `make PYTHON=...` names a Python.
@@ -49,6 +51,19 @@ test: $(VENV)/.installed ## ruff, mypy and pytest
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu"
 
+test-transformers: $(VERSION:%=.transformers/%/.installed) ## models on other versions of transformers, which it fetches: VERSION=5.24.0
+	@set -e; for version in $(VERSION); do \
+	  echo "transformers $$version"; \
+	  PYTHONPATH=.transformers/$$version $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu" \
+	    tests/core/model --ignore tests/core/model/test_families.py tests/core/export \
+	    tests/core/evaluation/test_generation.py tests/core/training/test_segments.py tests/tasks/cli/test_generation.py; \
+	done
+
+.transformers/%/.installed: $(VENV)/.installed
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install -qq --no-compile --target $(@D) transformers==$*
+	@touch $@
+
 lint: $(VENV)/.installed ## ruff and mypy only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,5 +87,5 @@ clean: ## remove outputs, resume state and worktrees; keep runs, registered mode
 	-@git worktree prune 2>/dev/null
 
 distclean: clean ## also remove .venv, the MLflow and Prefect stores and DVC's cache
-	rm -rf $(VENV) .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp
+	rm -rf $(VENV) .transformers .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp
 	-@git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock

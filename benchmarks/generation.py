@@ -133,11 +133,9 @@ def random_cache(model: PreTrainedModel, batch: int, context: int) -> HybridCach
     for layer, maps in zip(cache.layers, feature_maps(model).values(), strict=True):
         assert isinstance(layer, HybridLayer)
         heads, groups = len(maps.w_k.detach()), len(maps.groups.linear)
-        if layer.softmax is not None:
+        for part in layer.kept:
             kept = (batch, config.num_key_value_heads - groups, context, config.head_dim)
-            layer.softmax.update(
-                *(torch.empty(kept, dtype=model.dtype, device=model.device).normal_() for _ in range(2))
-            )
+            part.update(*(torch.empty(kept, dtype=model.dtype, device=model.device).normal_() for _ in range(2)))
         state = empty_state(
             batch,
             heads,

@@ -63,9 +63,10 @@ class TeacherParams:
 class DataParams:
     """Where text comes from and how it becomes token rows.
 
-    `source`: ``builtin`` (the Python standard library's sources), a file, directory or glob of .jsonl, .parquet,
-    .txt or .py files, or a Hugging Face dataset id with `revision`. `loss_on: completion` scores only the response of
-    Alpaca and chat records. `packing`: ``concatenated`` as published, or ``documents`` (no token attends across).
+    `source`: ``builtin`` (the Python standard library's sources), a file, directory or glob of .jsonl, .json,
+    .parquet, .txt or .py files, or a Hugging Face dataset id with `revision`. `loss_on: completion` scores only the
+    response of Alpaca and chat records. `packing`: ``concatenated`` as published, or ``documents`` (no token attends
+    across).
     `position_range`: every other training row stands at random positions below it, so that a student that will read
     longer texts has seen their positions; null: all from 0 on, as published.
     """

@@ -22,12 +22,15 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_json, write_json
 from lolcats_common.params import DataParams
 from lolcats_common.progress import progress
+from lolcats_core.data.conversations import CHAT_DATE
 from lolcats_core.data.packing import ConcatenatedPacker, DocumentPacker, PositionOffset, Row
-from lolcats_core.data.records import Encoder, RecordError, Segment, detect_shape, segments_of
+from lolcats_core.data.readers import RawRecord
+from lolcats_core.data.records import Encoder, Shape, detect_shape, documents_of, identity_of, read_record
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
-from lolcats_core.data.sources import RawRecord, describe, raw_records
+from lolcats_core.data.segments import RecordError, Segment
+from lolcats_core.data.sources import describe, raw_records
 from lolcats_core.teacher.pin import Teacher
-from tasks.runner.record_schemas import check_rows, rejected_records
+from tasks.runner.record_schemas import check_rows, rejected_records, texts_in
 from tasks.runner.stage import Stage
 
 REJECTED = "rejected.jsonl"
@@ -42,6 +45,7 @@ class Counts:
     read: int = 0
     rejected: int = 0
     duplicates: int = 0
+    conversations: int = 0
     bytes: int = 0
     tokens: int = 0
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -84,14 +88,21 @@ class Split:
         self._write(self.packer.flush())
 
 
-def document_hash(document: list[Segment]) -> bytes:
-    """SHA-256 of a document's text with line ends and outer white space made alike: exact duplicates share it."""
-    text = "\0".join(segment.text for segment in document)
+@dataclass(frozen=True)
+class Usable:
+    """A record that passed: the SHA-256 by which it is known, and its documents with their bytes."""
+
+    digest: bytes
+    documents: list[tuple[list[Segment], int]]
+
+
+def record_hash(text: str) -> bytes:
+    """SHA-256 of what a record says with line ends and outer white space made alike: exact duplicates share it."""
     return hashlib.sha256("\n".join(text.strip().splitlines()).encode("utf-8", "surrogatepass")).digest()
 
 
 def split_of(digest: bytes, validation_share: float) -> str:
-    """The split a document belongs to: a function of its content alone, whatever stands around it."""
+    """The split a record belongs to: a function of what it says alone, whatever stands around it or lays it out."""
     return "validation" if int.from_bytes(digest[:8], "big") < validation_share * 2**64 else "train"
 
 
@@ -141,9 +152,10 @@ def run(stage: Stage) -> Mapping[str, float]:
     for name in SPLITS:
         _check_written(stage.out / name, _range(data, name))
     metrics = _metrics(counts, splits)
-    write_json(
-        stage.out / "data.json", {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(teacher.pin_dir))}
-    )
+    record = {**source, "counts": metrics, "tokenizer_sha256": sha256_json(_files(teacher.pin_dir))}
+    if counts.conversations:
+        record["chat_date"] = CHAT_DATE.isoformat()  # what a chat template that writes the date was given
+    write_json(stage.out / "data.json", record)
     for name, context in zip(SPLITS, ("training", "validation"), strict=True):
         rows = TokenRows.open(stage.out / name)
         profile = {"rows": len(rows), "tokens": rows.tokens, "sequence_length": rows.sequence_length}
@@ -187,16 +199,15 @@ def _documents(
         records = raw_records(data, stage.root)
         while batch := _batch(records):
             found: list[tuple[list[Segment], str, int]] = []
-            for document, size in _checked(batch, data, tokenizer, counts, rejected):
-                digest = document_hash(document)
-                if digest[:16] in seen:
+            for record in _checked(batch, data, tokenizer, counts, rejected):
+                if record.digest[:16] in seen:
                     counts.duplicates += 1
                     continue
-                seen.add(digest[:16])
-                name = split_of(digest, data.validation_share)
+                seen.add(record.digest[:16])
+                name = split_of(record.digest, data.validation_share)
                 if splits[name].full:
                     continue
-                found.append((document, name, size))
+                found += [(document, name, size) for document, size in record.documents]
             yield found
             rows = sum(split.writer.rows for split in splits.values())
             shown.update(rows - done if bounded else 0, records=counts.read)
@@ -211,17 +222,10 @@ def _batch(records: Iterator[RawRecord]) -> tuple[RawRecord, ...]:
     size = 0
     for raw in records:
         batch.append(raw)
-        size += sum(_length(value) for value in (raw.fields or {}).values())
+        size += sum(map(len, texts_in(raw.fields)))
         if len(batch) >= BATCH_RECORDS or size >= BATCH_BYTES:
             break
     return tuple(batch)
-
-
-def _length(value: Any) -> int:
-    """Characters of a text, or of a conversation's texts."""
-    if isinstance(value, list):
-        return sum(len(text) for m in value if isinstance(m, dict) for text in m.values() if isinstance(text, str))
-    return len(value) if isinstance(value, str) else 0
 
 
 def _enough(train: Split, validation: Split) -> bool:
@@ -231,35 +235,41 @@ def _enough(train: Split, validation: Split) -> bool:
 
 def _checked(
     batch: tuple[RawRecord, ...], data: DataParams, tokenizer: Any, counts: Counts, rejected: Any
-) -> Iterator[tuple[list[Segment], int]]:
-    """Records of a batch that pass their schema, in order, as segments with their size in bytes."""
+) -> Iterator[Usable]:
+    """Records of a batch that pass their schema, in order."""
     reasons: dict[int, str] = {}
-    shapes: dict[str, list[int]] = {}
+    records: dict[int, dict[str, Any]] = {}
+    shapes: dict[Shape, list[int]] = {}
     for index, raw in enumerate(batch):
         if raw.fields is None:
             reasons[index] = raw.reason or "unreadable"
             continue
         try:
-            shapes.setdefault(detect_shape(raw.fields, data.format), []).append(index)
+            shape = detect_shape(raw.fields, data.format)
+            records[index] = read_record(raw.fields, shape)
+            shapes.setdefault(shape, []).append(index)
         except RecordError as error:
             reasons[index] = str(error)
-    shape_of: dict[int, Any] = {}
+    shape_of: dict[int, Shape] = {}
     for shape, indices in shapes.items():
-        failed = rejected_records([batch[i].fields or {} for i in indices], shape, data.max_record_bytes)
+        failed = rejected_records([records[i] for i in indices], shape, data.max_record_bytes)
         reasons |= {indices[i]: reason for i, reason in failed.items()}
         shape_of |= dict.fromkeys(indices, shape)
     for index, raw in enumerate(batch):
         counts.read += 1
-        if index not in reasons and raw.fields is not None:
+        if index not in reasons:
+            record, shape = records[index], shape_of[index]
             try:
-                document = segments_of(raw.fields, shape_of[index], data.loss_on == "completion", tokenizer)
-                size = sum(len(segment.text.encode()) for segment in document)
+                documents = documents_of(record, shape, data.loss_on == "completion", tokenizer)
+                sizes = [sum(len(segment.text.encode()) for segment in document) for document in documents]
+                digest = record_hash(identity_of(record, shape))
             except RecordError as error:
                 reasons[index] = str(error)
             except UnicodeEncodeError:
                 reasons[index] = "not valid Unicode (a lone surrogate)"
             else:
-                yield document, size
+                counts.conversations += shape == "messages"
+                yield Usable(digest, list(zip(documents, sizes, strict=True)))
                 continue
         counts.rejected += 1
         reason = reasons[index].encode("utf-8", "backslashreplace").decode()

@@ -8,9 +8,10 @@ sums all chunks before those:
     none       own chunk linear, pair by pair; all earlier chunks through the state
 
 A column of ones beside v makes the denominator one more column of the numerator. With a decay d, the state before chunk
-n counts a token at position j with d^(n C - j), and a query at n C + r takes it with d^r.
+n counts a token at position j with d^(n C - j), and a query at n C + r takes it with d^r. The sequence's first tokens
+(`window_sinks`) are further columns of the softmax wherever they have left the window, and are in no state.
 
-# B batch, T tokens, N chunks, C chunk size, H = Hk G query heads, Hk key/value heads, D head dim, E features
+# B batch, T tokens, N chunks, C chunk size, H = Hk G query heads, Hk key/value heads, D head dim, E features, s sinks
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
+from lolcats_kernels.hybrid_attention.mixture import linear_share, log_count, unrotate
 from lolcats_kernels.hybrid_attention.naive import NO_WINDOW_EPSILON, window_mask, window_scores
 from lolcats_kernels.hybrid_attention.state import folded_tokens
 
@@ -49,6 +51,8 @@ def chunked_forward(
     weights: HybridWeights,
     config: HybridConfig,
     initial_state: tuple[Tensor, Tensor] | None = None,
+    first: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of sequences that start on a chunk boundary, and the features of their keys.
 
@@ -57,20 +61,30 @@ def chunked_forward(
     Args:
         q: [B, T, H, D]; `k`, `v`: [B, T, Hk, D]; all float32 or float64.
         initial_state: (S [B, Hs, E, D], z [B, Hs, E]) of older tokens, all of them outside every window.
+        first: [B], position of each row's first token in its sequence, a multiple of the chunk; 0 unless given.
+        sinks: keys and values [B, s, Hk, D] of each sequence's first tokens; those of the row unless given.
 
     Returns:
         y [B, T, H, D] and phi(k) [B, Hk, H/Hk or 1, N, C, E].
     """
     length, heads, key_heads, size, window = q.shape[1], q.shape[2], k.shape[2], config.window_size, config.window
     one_map_per_query_head = weights.w_k.shape[0] == heads
+    if config.window_sinks and sinks is None:
+        sinks = first_tokens(k, config.window_sinks), first_tokens(v, config.window_sinks)
     qc, kc, vc = _chunks(q, size), _chunks(k, size), _chunks(v, size)
     repeated = kc.repeat_interleave(heads // key_heads, 1) if one_map_per_query_head else kc
+    starts = torch.arange(qc.shape[2], device=q.device) * size + (0 if first is None else first[:, None])
+    positions = (starts[..., None] + torch.arange(size, device=q.device)).expand(q.shape[0], -1, -1)  # [B, N, C]
+    turn = weights.frequencies, config.rotary_interleaved
+    q_plain, k_plain = (unrotate(x, positions[:, None], *turn) for x in (qc, repeated))
 
     def features(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         phi = apply_feature_map(x.flatten(2, 3), w, config.feature_map, bias)
         return _grouped(phi.unflatten(2, (-1, size)), key_heads)
 
-    phi_q, phi_k = features(qc, weights.w_q, weights.b_q), features(repeated, weights.w_k, weights.b_k)
+    phi_q, phi_k = features(q_plain, weights.w_q, weights.b_q), features(k_plain, weights.w_k, weights.b_k)
+    if config.window_sinks:
+        phi_k = phi_k * (positions >= config.window_sinks)[:, None, None, :, :, None].to(phi_k.dtype)
     qc = _grouped(qc, key_heads)
     kc, vc = kc[:, :, None], F.pad(vc, (0, 1), value=1.0)[:, :, None]
 
@@ -89,10 +103,12 @@ def chunked_forward(
         initial = _grouped(torch.cat([s, z[..., None]], -1), key_heads)
     if decay is None:
         past = past.cumsum(-3) if initial is None else past.cumsum(-3) + initial[:, :, :, None]
-        total = alpha * (phi_q @ past)
+        linear = phi_q @ past
     else:
         past = _decayed_scan(past, initial, decay[..., 0] ** size)
-        total = alpha * decay**rows * (phi_q @ past)
+        linear = phi_q @ past
+    if weights.share is None:
+        total = alpha * linear if decay is None else alpha * decay**rows * linear
 
     if window == "none":
         columns = torch.arange(size, device=q.device)[None, :]
@@ -109,16 +125,47 @@ def chunked_forward(
         absent[0] = True
         scores = window_scores(qc @ torch.cat([_previous(kc), kc], -2).mT, config.scale, config.softcap)
         scores = scores.masked_fill(~inside | (absent & (keys < size)), float("-inf"))
-        windowed = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
-        if window == "sliding":
-            left = (phi_q @ _previous(phi_k).mT).masked_fill(inside[:, :size] | absent, 0)
-            if decay is not None:
-                left = left * decay ** (queries - keys[:, :size])
-            windowed = windowed + F.pad(alpha * left, (0, size))
-        total = total + windowed @ torch.cat([_previous(vc), vc], -2)
-        y = total[..., :-1] / total[..., -1:]
+        values = torch.cat([_previous(vc), vc], -2)
+        if sinks is not None:
+            k_first, v_first = (x.transpose(1, 2)[:, :, None, None] for x in sinks)
+            column = torch.arange(config.window_sinks, device=q.device)
+            at = positions[..., None]
+            left_window = ((column <= at) & ~window_mask(window, at, column, size))[:, None, None]
+            further = window_scores(qc @ k_first.mT, config.scale, config.softcap)
+            scores = torch.cat([scores, further.masked_fill(~left_window, float("-inf"))], -1)
+            v_first = F.pad(v_first, (0, 1), value=1.0).expand(-1, -1, -1, values.shape[-3], -1, -1)
+            values = torch.cat([values, v_first], -2)
+        if weights.share is not None:
+            outside = (starts - size - config.window_sinks).clamp(min=0).view(-1, 1, 1, starts.shape[-1], 1)
+            log_decay = None if decay is None else decay[..., 0].log()
+            relative = log_count(outside.to(q.dtype), size + 1, log_decay)
+            r = linear_share(
+                weights.share.view(key_heads, heads // key_heads, 1, 1),
+                _grouped(q_plain, key_heads),
+                linear[..., -1],
+                relative,
+                relative if log_decay is None else relative + rows[:, 0] * log_decay,
+                scores.logsumexp(-1),
+                outside > 0,
+            )[..., None]
+            y_linear = linear[..., :-1] / linear[..., -1:].clamp(min=NO_WINDOW_EPSILON)
+            y = (1 - r) * (scores.softmax(-1) @ values)[..., :-1] + r * y_linear
+        else:
+            windowed = gamma * (scores - scores.amax(-1, keepdim=True)).exp()
+            if window == "sliding":
+                left = (phi_q @ _previous(phi_k).mT).masked_fill(inside[:, :size] | absent, 0)
+                if decay is not None:
+                    left = left * decay ** (queries - keys[:, :size])
+                windowed = windowed + F.pad(alpha * left, (0, size + config.window_sinks))
+            total = total + windowed @ values
+            y = total[..., :-1] / total[..., -1:]
     y = y.flatten(1, 2).flatten(2, 3)[:, :, :length]
     return y.transpose(1, 2), phi_k
+
+
+def first_tokens(x: Tensor, count: int) -> Tensor:
+    """[B, count, H, D]: the first tokens of [B, T, H, D], zeros where a row is shorter."""
+    return F.pad(x[:, :count], (0, 0, 0, 0, 0, max(0, count - x.shape[1])))
 
 
 def _decayed_scan(sums: Tensor, initial: Tensor | None, factor: Tensor) -> Tensor:

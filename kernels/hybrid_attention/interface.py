@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lolcats_kernels.hybrid_attention.chunked import chunked_forward, fold_state
+from lolcats_kernels.hybrid_attention.chunked import chunked_forward, first_tokens, fold_state
 from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.naive import naive_attention
 from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
@@ -52,7 +52,7 @@ def attend(
     Raises:
         ValueError: shapes do not fit, or the backend is unknown or does not take this call.
     """
-    _check(q, k, v, weights, cu_seqlens, lengths, backend)
+    _check(q, k, v, weights, config.window, cu_seqlens, lengths, backend)
     if backend == "naive":
         if return_state or initial_state is not None or cu_seqlens is not None or lengths is not None:
             raise ValueError("`backend` naive takes whole sequences only: no state, cu_seqlens or lengths")
@@ -76,13 +76,17 @@ def attend(
     counts = torch.full((batch,), columns, device=q.device) if lengths is None else lengths
     counts = counts.to(torch.int64)
     # Columns are positions from `first` on, the oldest token of the ring; S and z hold everything before it.
-    first, cached, sums, within = torch.zeros_like(counts), None, None, lengths
+    first, cached, sums, within, sinks = torch.zeros_like(counts), None, None, lengths, None
     if initial_state is not None:
         first = folded_tokens(initial_state.length, config.window, config.window_size)
         cached = initial_state.length - first
         k, v, q = _behind_ring(initial_state, q, k, v, first, cached, ring_slots(config.window, config.window_size))
         sums, within = (initial_state.s, initial_state.z), cached + counts
-    y, end = _run(fused, q, k, v, weights, config, within, sums, output_final_state=return_state)
+    if config.window_sinks:
+        sinks = _sinks(k, v, config.window_sinks, first, initial_state)
+    y, end = _run(
+        fused, q, k, v, weights, config, within, sums, output_final_state=return_state, first=first, sinks=sinks
+    )
     if cached is not None:
         rows = cached[:, None] + torch.arange(columns, device=q.device)
         y = y.gather(1, rows[..., None, None].expand(-1, -1, *y.shape[2:]))
@@ -92,7 +96,7 @@ def attend(
         return y
     length = first + (counts if cached is None else cached + counts)
     ring_k, ring_v = (fill_ring(x, first, length, config.window, config.window_size, x.dtype) for x in (k, v))
-    return y, HybridState(s=end[0], z=end[1], ring_k=ring_k, ring_v=ring_v, length=length)
+    return y, HybridState(*end, ring_k, ring_v, length, *(sinks or ()))
 
 
 def decode_(
@@ -178,19 +182,39 @@ def _run(
     initial_state: tuple[Tensor, Tensor] | None,
     *,
     output_final_state: bool,
+    first: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Outputs of right-padded sequences and, with `output_final_state`, S and z behind their last tokens."""
+    """Outputs of right-padded sequences and, with `output_final_state`, S and z behind their last tokens.
+
+    `first` and `sinks` are as in `chunked_forward`.
+    """
     if fused:
         states = {"initial_state": initial_state, "output_final_state": output_final_state}
         return cast(Any, _fused_ops().forward(q, k, v, weights, config, lengths=lengths, **states))
     dtype, compute_dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(compute_dtype) for x in (q, k, v))
-    y, phi_k = chunked_forward(q, k, v, weights, config, initial_state)
+    if sinks is not None:
+        sinks = sinks[0].to(compute_dtype), sinks[1].to(compute_dtype)
+    y, phi_k = chunked_forward(q, k, v, weights, config, initial_state, first, sinks)
     if not output_final_state:
         return y.to(dtype), None
     if lengths is None:
         lengths = torch.full((q.shape[0],), q.shape[1], device=q.device)
     return y.to(dtype), fold_state(v, phi_k, config, lengths.to(torch.int64), initial_state, weights.decay)
+
+
+def _sinks(k: Tensor, v: Tensor, count: int, first: Tensor, state: HybridState | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, count, Hk, D] of each sequence's first tokens; those that there are not yet are undefined.
+
+    Args:
+        k, v: [B, T, Hk, D], of the tokens from position `first` [B] on.
+    """
+    here = first_tokens(k, count), first_tokens(v, count)
+    if state is None or state.sink_k is None or state.sink_v is None:
+        return here
+    begins = (first == 0)[:, None, None, None]
+    return torch.where(begins, here[0], state.sink_k), torch.where(begins, here[1], state.sink_v)
 
 
 def _fused_ops() -> Any:
@@ -278,6 +302,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     weights: HybridWeights,
+    window: str,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
     backend: str,
@@ -294,6 +319,8 @@ def _check(
             f"w_q must be [H, D, F] and w_k [H or Hk, D, F], got {tuple(w_q.shape)} and {tuple(w_k.shape)}"
             f" for H = {heads}, Hk = {k.shape[2]}, D = {dim}"
         )
+    if weights.share is not None and window != "terraced":
+        raise ValueError(f"a mixture (`share`) needs `window` terraced, got {window!r}")
     factor, decay = weights.window_factor, weights.decay
     if factor.shape != (heads,):
         raise ValueError(f"`window_factor` must be [H] = [{heads}], got {tuple(factor.shape)}")

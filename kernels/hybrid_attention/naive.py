@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.config import WINDOWS, HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.feature_maps import apply_feature_map
+from lolcats_kernels.hybrid_attention.mixture import linear_share, unrotate
 
 # Keeps pure linear attention from dividing by zero: without a window its denominator has no gamma (docs/method.md, 3).
 NO_WINDOW_EPSILON = 1e-12
@@ -52,19 +53,35 @@ def attention_weights(
     k = k.transpose(1, 2)
     repeated = k.repeat_interleave(heads // key_heads, 1)
     one_map_per_query_head = weights.w_k.shape[0] == heads
-    phi_q = apply_feature_map(q, weights.w_q, config.feature_map, weights.b_q)
-    phi_k = apply_feature_map(repeated if one_map_per_query_head else k, weights.w_k, config.feature_map, weights.b_k)
-    phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
-
     queries = torch.arange(first_query, first_query + q.shape[2], device=q.device)[:, None]
     keys = torch.arange(k.shape[2], device=q.device)[None, :]
+    turn = weights.frequencies, config.rotary_interleaved
+    q_plain = unrotate(q, queries[:, 0], *turn)
+    k_plain = unrotate(repeated if one_map_per_query_head else k, keys[0], *turn)
+    phi_q = apply_feature_map(q_plain, weights.w_q, config.feature_map, weights.b_q)
+    phi_k = apply_feature_map(k_plain, weights.w_k, config.feature_map, weights.b_k)
+    phi_k = phi_k.repeat_interleave(heads // phi_k.shape[1], 1)
+
     inside = window_mask(config.window, queries, keys, config.window_size)
+    inside |= (keys < config.window_sinks) & (keys <= queries)
     past = (keys <= queries) & ~inside
     similar = phi_q @ phi_k.mT
+    remains = None
     if weights.decay is not None:
         distance = (queries - keys).clamp(min=0)
         by_map = weights.decay.to(q.dtype)[:, None, None] ** distance
-        similar = similar * by_map.repeat_interleave(heads // len(weights.decay), 0)
+        remains = by_map.repeat_interleave(heads // len(weights.decay), 0)
+        similar = similar * remains
+    if weights.share is not None:
+        scores = window_scores(q @ repeated.mT, config.scale, config.softcap).masked_fill(~inside, float("-inf"))
+        linear = similar.masked_fill(~past, 0)
+        denominator = linear.sum(-1)
+        weighed = past.to(q.dtype) if remains is None else remains.masked_fill(~past, 0)
+        count = weighed.sum(-1).clamp(min=torch.finfo(q.dtype).tiny).log()
+        r = linear_share(
+            weights.share.view(heads, 1), q_plain, denominator, count, count, scores.logsumexp(-1), past.any(-1)
+        )[..., None]
+        return (1 - r) * scores.softmax(-1) + r * linear / denominator.clamp(min=NO_WINDOW_EPSILON)[..., None]
     gamma, alpha = (x.to(q.dtype)[:, None, None] for x in (weights.window_factor, weights.linear_factor_or_ones()))
     linear = alpha * similar.masked_fill(~past, 0)
     if config.window == "none":

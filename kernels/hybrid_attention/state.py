@@ -1,12 +1,14 @@
 """What decoding carries from token to token: constant in the length of the sequence.
 
 # B batch, H query heads, Hk key/value heads, Hs heads of the state (H or Hk), D head dim, E features, C window
-# R slots of the ring: 2C terraced, C sliding, 0 none
+# R slots of the ring: 2C terraced, C sliding, 0 none; s sinks
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class HybridState:
         z: [B, Hs, E], sum of phi(k) over the same tokens.
         ring_k, ring_v: [B, R, Hk, D], window tokens; the token at position p stands in slot p mod R.
         length: [B] int64, tokens seen by each sequence.
+        sink_k, sink_v: [B, s, Hk, D], the first tokens (`window_sinks`), as far as they are there; never folded. None
+            without sinks.
     """
 
     s: Tensor
@@ -29,10 +33,17 @@ class HybridState:
     ring_k: Tensor
     ring_v: Tensor
     length: Tensor
+    sink_k: Tensor | None = None
+    sink_v: Tensor | None = None
 
-    def map(self, function: object) -> HybridState:
+    def map(self, function: Callable[[Tensor], Tensor]) -> HybridState:
         """A state with `function` applied to every tensor (all have the batch as first dimension)."""
-        return HybridState(*(function(tensor) for tensor in vars(self).values()))  # type: ignore[operator]
+        mapped: Any = (None if x is None else function(x) for x in vars(self).values())
+        return HybridState(*mapped)
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        return [x for x in vars(self).values() if x is not None]
 
 
 def ring_slots(window: str, window_size: int) -> int:
@@ -79,14 +90,21 @@ def empty_state(
     window_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    window_sinks: int = 0,
 ) -> HybridState:
     """The state before the first token. `dtype` is the ring's; S and z are at least float32."""
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     slots = ring_slots(window, window_size)
+
+    def tokens(count: int, dim: int) -> Tensor:
+        return torch.zeros(batch, count, key_heads, dim, dtype=dtype, device=device)
+
     return HybridState(
         s=torch.zeros(batch, state_heads, features, value_dim, dtype=accumulate, device=device),
         z=torch.zeros(batch, state_heads, features, dtype=accumulate, device=device),
-        ring_k=torch.zeros(batch, slots, key_heads, head_dim, dtype=dtype, device=device),
-        ring_v=torch.zeros(batch, slots, key_heads, value_dim, dtype=dtype, device=device),
+        ring_k=tokens(slots, head_dim),
+        ring_v=tokens(slots, value_dim),
         length=torch.zeros(batch, dtype=torch.int64, device=device),
+        sink_k=tokens(window_sinks, head_dim) if window_sinks else None,
+        sink_v=tokens(window_sinks, value_dim) if window_sinks else None,
     )

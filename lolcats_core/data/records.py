@@ -1,18 +1,20 @@
-"""From a record's fields to segments of text, with a note on which of them the loss is taken.
+"""From a record's fields to documents of text, and from those to token ids with a note on where the loss is taken.
 
-Three shapes: `text`; Alpaca (`instruction`, `input`, `output`) in its published prompt; chat `messages` through the
-tokenizer's own template.
+Three shapes: `text`; Alpaca (`instruction`, `input`, `output`) in its published prompt; conversations through the
+tokenizer's own template (`conversations.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lolcats_common.errors import UserError
+from lolcats_core.data import conversations
+from lolcats_core.data.segments import RecordError, Segment
 
 Shape = Literal["text", "alpaca", "messages"]
 PROMPT_WITH_INPUT = (
@@ -27,23 +29,6 @@ PROMPT = (
 )
 
 
-class RecordError(ValueError):
-    """A record cannot be used; the message is the reason that is written to rejected.jsonl."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of a document's text.
-
-    Attributes:
-        target: the loss is taken on its tokens. special: it came from a template, so it may spell special tokens.
-    """
-
-    text: str
-    target: bool
-    special: bool = False
-
-
 def detect_shape(fields: Mapping[str, Any], wanted: str) -> Shape:
     """The record's shape: `wanted`, or for ``auto`` what its columns say.
 
@@ -52,14 +37,30 @@ def detect_shape(fields: Mapping[str, Any], wanted: str) -> Shape:
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    if "messages" in fields:
+    if "messages" in fields or "conversations" in fields:
         return "messages"
     if "instruction" in fields and "output" in fields:
         return "alpaca"
     if "text" in fields:
         return "text"
     columns = ", ".join(sorted(map(str, fields))) or "none"
-    raise RecordError(f"columns must be text, or instruction and output, or messages, got {columns}")
+    raise RecordError(f"columns must be text, or instruction and output, or messages or conversations, got {columns}")
+
+
+def read_record(fields: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+    """The fields that a record of `shape` is made of, conversations in one form; a schema checks them next.
+
+    Raises:
+        RecordError: the record says something that would not be learnt.
+    """
+    if shape == "messages":
+        return conversations.read_conversation(fields)
+    if shape == "text":
+        return {name: fields[name] for name in ("text",) if name in fields}
+    for name in ("system", "history"):
+        if fields.get(name):
+            raise RecordError(f"Alpaca's prompt has no place for `{name}`: give such records as `messages`")
+    return {name: fields[name] for name in ("instruction", "input", "output") if name in fields}
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, shape: str) -> None:
@@ -72,12 +73,20 @@ def check_template(tokenizer: PreTrainedTokenizerBase, shape: str) -> None:
         raise UserError("`data.format`: chat messages need a chat template, and the teacher's tokenizer has none")
 
 
-def segments_of(
-    fields: Mapping[str, Any], shape: Shape, completion_only: bool, tokenizer: PreTrainedTokenizerBase
-) -> list[Segment]:
-    """The record's text in order; one record becomes one document.
+def identity_of(record: Mapping[str, Any], shape: Shape) -> str:
+    """The text by which a record (of `read_record`) is told from others, whatever tokenizer and template it goes to."""
+    if shape == "messages":
+        return conversations.identity(record)
+    return record["text"] if shape == "text" else "\0".join([_alpaca_prompt(record), record["output"]])
+
+
+def documents_of(
+    record: Mapping[str, Any], shape: Shape, completion_only: bool, tokenizer: PreTrainedTokenizerBase
+) -> list[list[Segment]]:
+    """The texts of a record in order; one record becomes one document (conversations: see `conversations`).
 
     Args:
+        record: of `read_record`.
         completion_only: take the loss on responses alone (Alpaca's output, the assistant's turns).
 
     Raises:
@@ -86,52 +95,25 @@ def segments_of(
     if shape == "text":
         if completion_only:
             raise RecordError("plain text has no response to take the loss on: set `data.loss_on: all`")
-        return [Segment(fields["text"], True)]
+        return [[Segment(record["text"], True)]]
     if shape == "alpaca":
-        context = fields.get("input") or ""
-        prompt = (PROMPT_WITH_INPUT if context.strip() else PROMPT).format(
-            instruction=fields["instruction"], input=context
-        )
-        return [Segment(prompt, not completion_only), Segment(fields["output"], True)]
+        return [[Segment(_alpaca_prompt(record), not completion_only), Segment(record["output"], True)]]
     check_template(tokenizer, shape)
-    return _chat_segments(fields["messages"], completion_only, tokenizer)
+    return conversations.documents_of(record, completion_only, tokenizer)
 
 
-def _chat_segments(
-    messages: list[dict[str, Any]], completion_only: bool, tokenizer: PreTrainedTokenizerBase
-) -> list[Segment]:
-    def render(count: int, prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:
-            raise RecordError(f"the chat template refuses the conversation: {error}") from None
-
-    whole = render(len(messages))
-    if not completion_only:
-        return [Segment(whole, True, special=True)]
-    segments, done = list[Segment](), ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, prompt=True), render(index + 1)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise RecordError("the chat template rewrites earlier turns, so responses cannot be told apart")
-        segments += [
-            Segment(before[len(done) :], False, special=True),
-            Segment(after[len(before) :], True, special=True),
-        ]
-        done = after
-    if not segments:
-        raise RecordError("no message of the assistant, so nothing to learn with `data.loss_on: completion`")
-    if not whole.startswith(done):
-        raise RecordError("the chat template rewrites earlier turns, so responses cannot be told apart")
-    return [segment for segment in [*segments, Segment(whole[len(done) :], False, special=True)] if segment.text]
+def _alpaca_prompt(record: Mapping[str, Any]) -> str:
+    context = record.get("input") or ""
+    prompt = PROMPT_WITH_INPUT if context.strip() else PROMPT
+    return prompt.format(instruction=record["instruction"], input=context)
 
 
 class Encoder:
-    """Segments to token ids: a leading BOS where the tokenizer adds one, EOS at the end of every document.
+    """Documents to token ids: a leading BOS where the tokenizer adds one, EOS at the end of every document.
 
-    Text that spells a special token ("<eos>" in a source file) stays text; only a chat template's segments hold such.
+    A document is tokenized as a whole, since pieces of it would have other tokens (and with a sentencepiece tokenizer
+    spaces that are not in the text); its segments say through the tokens' places which of them are targets. Text that
+    spells a special token ("<eos>" in a source file) stays text; only a chat template's segments hold such.
 
     Raises:
         UserError: the tokenizer has no end-of-text token.
@@ -145,26 +127,56 @@ class Encoder:
         self.lead = [tokenizer.bos_token_id] if tokenizer.bos_token_id in added[:1] else []
 
     def encode(self, documents: list[list[Segment]]) -> list[tuple[list[int], list[bool]]]:
-        """Token ids and target marks of each document; the texts go through the tokenizer together."""
-        plain = self._ids([segment.text for document in documents for segment in document if not segment.special], True)
-        special = self._ids([segment.text for document in documents for segment in document if segment.special], False)
+        """Token ids and target marks of each document, whose segments are all special or none is.
+
+        Raises:
+            UserError: targets begin inside a document, and the tokenizer does not say where its tokens stand.
+        """
+        encoded: dict[int, tuple[list[int], list[bool]]] = {}
+        for special in (False, True):
+            chosen = [index for index, document in enumerate(documents) if document[0].special == special]
+            parts = self._encode([documents[index] for index in chosen], special) if chosen else []
+            encoded |= dict(zip(chosen, parts, strict=True))
+        return [encoded[index] for index in range(len(documents))]
+
+    def _encode(self, documents: list[list[Segment]], special: bool) -> list[tuple[list[int], list[bool]]]:
+        texts = ["".join(segment.text for segment in document) for document in documents]
+        mixed = any(segment.target != document[0].target for document in documents for segment in document)
+        if mixed and not self.tokenizer.is_fast:
+            raise UserError(
+                "`data.loss_on: completion` needs a tokenizer.json, which says where in a text its tokens stand; the"
+                " teacher's tokenizer has none"
+            )
+        found = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=not special,
+            return_offsets_mapping=mixed,
+            verbose=False,
+        )
         encoded = []
-        for document in documents:
-            tokens: list[int] = [] if document[0].special else list(self.lead)
-            targets = [document[0].target] * len(tokens)
-            for segment in document:
-                part = next(special if segment.special else plain)
-                tokens += part
-                targets += [segment.target] * len(part)
-            if not tokens or tokens[-1] != self.eos:
-                tokens.append(self.eos)
-                targets.append(document[-1].target)
-            encoded.append((tokens, targets))
+        for index, (document, text, ids) in enumerate(zip(documents, texts, found.input_ids, strict=True)):
+            lead = [] if special else self.lead
+            marks = _marks(document, text, found["offset_mapping"][index]) if mixed else [document[0].target] * len(ids)
+            # ChatML's template writes the end token and a line's end behind it: the document ends there already.
+            ended = ids[-1:] == [self.eos] or (special and text.rstrip().endswith(str(self.tokenizer.eos_token)))
+            end = [] if ended else [self.eos]
+            tokens, targets = [*lead, *ids, *end], [document[0].target] * len(lead) + marks
+            encoded.append((tokens, targets + [document[-1].target] * len(end)))
         return encoded
 
-    def _ids(self, texts: list[str], as_text: bool) -> Iterator[list[int]]:
-        if not texts:
-            return iter(())
-        return iter(
-            self.tokenizer(texts, add_special_tokens=False, split_special_tokens=as_text, verbose=False).input_ids
-        )
+
+def _marks(document: list[Segment], text: str, places: list[tuple[int, int]]) -> list[bool]:
+    """Whether each token, which stands at characters [start, stop) of `text`, is a target.
+
+    One that reaches into a target from outside is, if it holds more of it than white space.
+    """
+    targets = np.repeat([segment.target for segment in document], [len(segment.text) for segment in document])
+    inked = targets & ~np.fromiter(map(str.isspace, text), bool, len(text))
+    starts, stops = np.asarray(places, dtype=np.int64).reshape(-1, 2).T
+    # A token of white space may have no place but the one behind it.
+    starts = np.where(starts == stops, np.maximum(starts - 1, 0), starts)
+    stops = np.maximum(stops, starts + 1)
+    before, inked_before = (np.concatenate([[0], np.cumsum(marked)]) for marked in (targets, inked))
+    whole = before[stops] - before[starts] == stops - starts
+    return [bool(mark) for mark in whole | (inked_before[stops] > inked_before[starts])]

@@ -7,12 +7,10 @@ all ends it in one `UserError`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,16 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text
+from lolcats_core.data.readers import (
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    RawRecord,
+    file_records,
+    suffix_of,
+    text_record,
+    without_gaps,
+)
 
-TEXT_SUFFIXES = (".txt", ".py", ".md")
-SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
-COLUMNS = ("text", "instruction", "input", "output", "messages")
 # Left out: other people's packages, what Debian splits off into packages of its own, generated tables.
 _SKIPPED_FOLDERS = frozenset(
     [
@@ -43,18 +47,6 @@ _SKIPPED_FOLDERS = frozenset(
     ]
 )
 _SKIPPED_NAMES = re.compile(r"_sysconfigdata.*|_sitebuiltins\.py|sitecustomize\.py")
-# Text that Windows programs write begins with a byte order mark, which is no part of it.
-UTF8 = "utf-8-sig"
-_LONG_TEXT = 1 << 16  # bytes from which a .txt file is cut into documents
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """One record: where it stands and its fields, or the reason why it could not be read."""
-
-    where: str
-    fields: dict[str, Any] | None = None
-    reason: str | None = None
 
 
 def stdlib_files() -> list[Path]:
@@ -90,21 +82,28 @@ def local_files(params: DataParams, root: Path) -> list[Path] | None:
     if not found:
         raise UserError(f"`data.source`: {source} holds no {', '.join(SUFFIXES)} file")
     for file in found:
-        if file.suffix not in SUFFIXES:
+        if suffix_of(file) is None:
             raise UserError(f"`data.source`: {file.name} must end in {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda file: (_name_hash(file.name) if file.suffix in TEXT_SUFFIXES else "", file))
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Readable files, hidden ones left out; beside data files, text files (a README, a licence) are no records."""
+    """Readable files, hidden ones left out, and of those the kinds that are records.
+
+    Beside data files, text files are none (a README, a licence); beside other data or text, .json files are none (the
+    description of a data set, the settings of a program).
+    """
     files = [
         file
         for file in folder.rglob("*")
-        if file.suffix in SUFFIXES
+        if suffix_of(file) is not None
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
-    return [file for file in files if file.suffix not in TEXT_SUFFIXES] or files
+    texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
+    tables = [file for file in files if suffix_of(file) not in (*TEXT_SUFFIXES, ".json")]
+    said = any(file.stem.upper() not in ("README", "LICENSE") for file in texts)
+    return tables or (texts if said else [file for file in files if file not in texts]) or files
 
 
 def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def raw_records(params: DataParams, root: Path) -> Iterator[RawRecord]:
     if params.source == "builtin":
         base = Path(sysconfig.get_path("stdlib"))
         for file in stdlib_files():
-            yield _text_file(file, file.relative_to(base).as_posix(), params.max_record_bytes)
+            yield text_record(file, file.relative_to(base).as_posix(), params.max_record_bytes)
         return
     files = local_files(params, root)
     if files is None:
@@ -145,14 +144,7 @@ def raw_records(params: DataParams, root: Path) -> Iterator[RawRecord]:
         return
     for file in files:
         try:
-            if file.suffix == ".jsonl":
-                yield from _jsonl_records(file, params.max_record_bytes)
-            elif file.suffix == ".parquet":
-                yield from _parquet_records(file)
-            elif file.suffix == ".txt" and file.stat().st_size > _LONG_TEXT:
-                yield from _text_parts(file)
-            else:
-                yield _text_file(file, _relative(file, root), params.max_record_bytes)
+            yield from file_records(file, _relative(file, root), params.max_record_bytes)
         except OSError as error:
             raise UserError(f"`data.source`: {file} cannot be read: {error.strerror or error}") from None
 
@@ -169,101 +161,8 @@ def _hash(file: Path, sha256: Callable[[Path], str]) -> str:
         raise UserError(f"`data.source`: {file} cannot be read: {error.strerror or error}") from None
 
 
-def _text_parts(file: Path) -> Iterator[RawRecord]:
-    """A long text in documents of 32 to 64 KiB that end at an empty line; where there is none, at any line's end."""
-    with file.open("rb") as stream:
-        start, held = 0, b""
-        while chunk := stream.read(_LONG_TEXT - len(held)):
-            held += chunk
-            cut = len(held) if len(held) < _LONG_TEXT else _cut(held)
-            yield _decoded(f"{file.name}:byte {start}", held[:cut])
-            start, held = start + cut, held[cut:]
-        if held:
-            yield _decoded(f"{file.name}:byte {start}", held)
-
-
-def _cut(data: bytes) -> int:
-    """Where the first document of `data` ends: in the second half, and never inside a UTF-8 character."""
-    half = len(data) // 2
-    for end in (b"\n\n", b"\n"):
-        if (found := data.rfind(end, half)) >= 0:
-            return found + len(end)
-    cut = len(data) - 1
-    while cut > len(data) - 4 and data[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
-
-
-def _decoded(where: str, data: bytes) -> RawRecord:
-    try:
-        return RawRecord(where, {"text": data.decode(UTF8)})
-    except UnicodeDecodeError as error:
-        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
-
-
 def _name_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _text_file(file: Path, where: str, limit: int) -> RawRecord:
-    try:
-        size = file.stat().st_size
-        if size > limit:
-            return RawRecord(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
-        return RawRecord(where, {"text": file.read_text(encoding=UTF8)})
-    except UnicodeDecodeError as error:
-        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
-    except OSError as error:
-        return RawRecord(where, reason=f"cannot be read: {error.strerror}")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _jsonl_records(file: Path, limit: int) -> Iterator[RawRecord]:
-    with file.open("rb") as lines:
-        number = 0
-        while line := lines.readline(limit + 2):
-            number += 1
-            where = f"{file.name}:{number}"
-            if len(line) > limit + 1 or (len(line) == limit + 1 and not line.endswith(b"\n")):
-                while line and not line.endswith(b"\n"):
-                    line = lines.readline(limit)
-                yield RawRecord(where, reason=f"longer than `data.max_record_bytes` {limit}")
-                continue
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode(UTF8), parse_constant=_no_constant)
-            except UnicodeDecodeError as error:
-                yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
-            except (ValueError, RecursionError) as error:
-                yield RawRecord(where, reason=f"not valid JSON: {error}")
-            else:
-                known = isinstance(value, dict)
-                reason = None if known else f"not an object but {type(value).__name__}"
-                yield RawRecord(where, value if known else None, reason)
-
-
-def _parquet_records(file: Path) -> Iterator[RawRecord]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        parquet = pq.ParquetFile(file)
-        columns = [name for name in parquet.schema_arrow.names if name in COLUMNS] or None
-        for batch in parquet.iter_batches(batch_size=64, columns=columns):
-            for index in range(batch.num_rows):
-                number += 1
-                where = f"{file.name}:{number}"
-                try:
-                    yield RawRecord(where, batch.slice(index, 1).to_pylist()[0])
-                except UnicodeDecodeError as error:
-                    yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
 
 
 def _hub_records(params: DataParams) -> Iterator[RawRecord]:
@@ -276,7 +175,7 @@ def _hub_records(params: DataParams) -> Iterator[RawRecord]:
             params.source, name=params.subset, split=params.split, revision=params.revision, streaming=True
         )
         for number, fields in enumerate(rows, 1):
-            yield RawRecord(f"{params.source}:{number}", dict(fields))
+            yield RawRecord(f"{params.source}:{number}", without_gaps(dict(fields)))
     except datasets.exceptions.DatasetNotFoundError as error:
         raise UserError(
             f"`data.source`: {name} was not found, or is gated (accept its terms and set HF_TOKEN): {error}"

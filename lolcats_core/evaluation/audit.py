@@ -158,7 +158,7 @@ def linear_mass(student: PreTrainedModel, rows: Rows, max_rows: int) -> dict[str
         if maps is None:
             return
         q, k = (maps.groups.take_linear(x.transpose(1, 2)).float() for x in (query, key))
-        operands, config = maps.operands(scores)
+        operands, config = maps(scores)
         positions = torch.arange(q.shape[1], device=q.device)
         for start in range(0, q.shape[1], BLOCK):
             queries = positions[start : start + BLOCK]

@@ -19,6 +19,7 @@ from lolcats_common.records import Cost, Generation, Measured
 from lolcats_core.evaluation.recall import mean_and_stderr
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.forward import evaluating, model_device
+from lolcats_core.model.transformers_versions import CACHE
 from lolcats_core.training.loop import Rows
 
 NGRAM = 4
@@ -54,13 +55,13 @@ def continue_greedily(model: nn.Module, input_ids: Tensor, new_tokens: int) -> t
         for step in range(new_tokens):
             written.append(out.logits[:, -1].argmax(-1))
             if step + 1 < new_tokens:
-                cache = out.past_key_values
-                out = model(input_ids=written[-1][:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cached = {CACHE: out[CACHE]}
+                out = model(input_ids=written[-1][:, None], use_cache=True, logits_to_keep=1, **cached)
         decoded = _now(device)
     cost: Cost = {
         "prefill_tokens_per_second": ids.numel() / max(prefilled - started, 1e-9),
         "decode_tokens_per_second": len(ids) * max(1, new_tokens - 1) / max(decoded - prefilled, 1e-9),
-        "cache_bytes": float(cache_bytes(out.past_key_values)),
+        "cache_bytes": float(cache_bytes(out[CACHE])),
     }
     if cuda:
         cost["peak_bytes"] = float(torch.cuda.max_memory_allocated(device))

@@ -93,6 +93,7 @@ def published_trial(params: Params, budget: Budget) -> Trial:
         k_map_per="query_head",
         softmax_layers=(),
         softmax_heads={},
+        softmax_windows={},
     )
     finetune = dataclasses.replace(
         params.finetune,
@@ -201,7 +202,10 @@ def run(
         results = run_trials(found, study, lambda trial, result: note(trial, table_row(trial, result)))
         return [table_row(trial, result) for trial, result in zip(found, results, strict=True)]
 
-    rows = rows_of(trials(params, budget, projections(study.teacher, params.finetune.target_modules), sections))
+    found = trials(params, budget, projections(study.teacher, params.finetune.target_modules), sections)
+    # Where the window sees all of a row nothing is linear, so there is nothing to train.
+    length = study.train_rows.sequence_length
+    rows = rows_of([trial for trial in found if trial.linearize.window_reach < length])
     if "softmax_layers" in sections:
         published = published_trial(params, budget)
         errors = cast(dict[str, Any], run_trial(published, study))["layer_errors"]

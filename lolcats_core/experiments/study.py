@@ -25,7 +25,7 @@ from lolcats_core.evaluation import generation
 from lolcats_core.evaluation.recall import copy_recall, special_ids
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.model.branches import without_branch
-from lolcats_core.model.decoding.state_size import published_settings, state_size
+from lolcats_core.model.decoding.state_size import published_settings, state_size, teacher_size
 from lolcats_core.model.forward import causal_logits, evaluating, rows_per_forward
 from lolcats_core.model.modeling import feature_maps
 from lolcats_core.teacher.pin import Teacher
@@ -209,12 +209,11 @@ def state_bytes(model: PreTrainedModel, study: StudyContext) -> dict[str, float]
         ``constant`` and ``per_token`` bytes, ``bytes`` of both at `EvalSettings.context` tokens, its ``share`` of the
         teacher's kv cache at that length, and ``over_published``, the ratio to the published recipe's state.
     """
-    config, context = cast(Any, model).config, study.settings.context
-    teacher = LinearizeConfig(softmax_layers=tuple(range(config.num_hidden_layers)))
-    settings = LinearizeConfig.from_dict(config.linearize) if hasattr(config, "linearize") else teacher
-    size, whole, published = (
-        state_size(config, each, study.teacher.dtype) for each in (settings, teacher, published_settings(config))
-    )
+    config, context, dtype = cast(Any, model).config, study.settings.context, study.teacher.dtype
+    whole, published = teacher_size(config, dtype), state_size(config, published_settings(config), dtype)
+    size = whole
+    if hasattr(config, "linearize"):
+        size = state_size(config, LinearizeConfig.from_dict(config.linearize), dtype)
     return {
         "constant": size.linear + size.exact,
         "per_token": size.per_token,

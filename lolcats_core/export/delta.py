@@ -25,7 +25,7 @@ from lolcats_common.files import sha256_file, write_json
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.model.families import PREFIX
 from lolcats_core.model.map_files import check_settings
-from lolcats_core.model.modeling import linearize
+from lolcats_core.model.modeling import linearize, tied_head
 from lolcats_core.teacher.pin import TeacherPin, locate
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 DELTA, ADAPTER, ADAPTER_CONFIG = "delta.json", "adapter_model.safetensors", "adapter_config.json"
 # What a configuration says besides the function that it defines, together with what any configuration has.
 _INCIDENTAL = {
-    *("auto_map", "linearize", "use_cache", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("auto_map", "attn_implementation", "linearize", "use_cache", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
     *PreTrainedConfig().to_dict(),
 }
 
@@ -162,7 +163,8 @@ def load_delta(
         device: by default where the base is; the CPU for one that is loaded here.
 
     Raises:
-        UserError: the delta is missing or damaged, or the base is not the one that it was trained on.
+        UserError: the delta is missing or damaged, the base is not the one that it was trained on, or an output
+            embedding that is tied to the input embeddings was adapted and is to be merged.
     """
     folder = Path(folder)
     delta = read_delta(folder)
@@ -187,6 +189,11 @@ def load_delta(
     adapted = PeftModel.from_pretrained(student, folder, torch_device=str(student.device)).eval()
     if not merge:
         return adapted
+    if isinstance(tied_head(student), BaseTunerLayer):
+        raise UserError(
+            f"{folder} adapts the output embedding, which {_name(delta)} ties to its input embeddings: merged it would"
+            " change both, so load it without `merge`"
+        )
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):  # merging writes into weights that may still be the teacher's
             layer: Any = module.get_base_layer()

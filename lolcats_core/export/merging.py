@@ -23,7 +23,7 @@ from lolcats_core.compute import distributed
 from lolcats_core.compute.quantization import QuantizedLinear
 from lolcats_core.export.delta import fingerprint_of, save_delta
 from lolcats_core.model.families import PREFIX, family_of
-from lolcats_core.model.modeling import empty_student
+from lolcats_core.model.modeling import auto_classes, empty_student
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.teacher.checks import INDEX, WEIGHTS
@@ -65,17 +65,23 @@ def save_merged(adapted: PeftModel, files: WeightFiles, dtype: torch.dtype, out:
 
     Args:
         dtype: of the weights; feature maps stay float32. shard: bytes of each file at most, if no tensor is larger.
+
+    Raises:
+        RuntimeError: something that was trained belongs to no weight of the plain student.
     """
     student: Any = adapted.get_base_model()
     trained = _trained(adapted)
     names = _names(student)
+    if lost := sorted({*trained["lora"], *trained["maps"]} - names.keys()):
+        raise RuntimeError(f"{len(lost)} trained tensors belong to no weight of the merged student, such as {lost[0]}")
     config = copy.deepcopy(student.config)
     config.architectures, config.dtype = [type(student).__name__], dtype
-    config.auto_map = auto_map(type(config).__name__, type(student).__name__)
+    classes = auto_classes(config)
+    config.auto_map = auto_map(classes)
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
     student.generation_config.save_pretrained(out)
-    write_code(out, [type(config).__name__, type(student).__name__])
+    write_code(out, classes.values())
 
     def tensor(name: str) -> Tensor:
         if name in trained["maps"]:
@@ -126,7 +132,7 @@ def _names(student: Any) -> dict[str, torch.Size]:
 
 
 def _bytes(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
-    return shape.numel() * (4 if ".feature_maps." in name and dtype != torch.float64 else dtype.itemsize)
+    return shape.numel() * (4 if ".feature_maps." in name else dtype.itemsize)
 
 
 def _shards(names: dict[str, torch.Size], limit: int, dtype: torch.dtype) -> Iterator[list[str]]:

@@ -9,19 +9,18 @@ the heads between the linear branch (`student_attention`) and kept softmax atten
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lolcats_core.model.decoding.cache import HybridLayer, KeptLayer
+from lolcats_common.errors import UserError
+from lolcats_core.model.decoding.cache import DividedLayer, HybridLayer, KeptLayer
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.forward_context import HybridContext, LayerCall
-from lolcats_core.model.kv_groups import KVGroups
-from lolcats_core.model.softmax_attention import SoftmaxWindow, kept_attention, softmax_attention
+from lolcats_core.model.softmax_attention import KeptGroups, kept_attention, softmax_attention
 from lolcats_kernels.hybrid_attention import attend, decode_
-
-ATTENTION_NAME = "lolcats_hybrid"
 
 
 def hybrid_attention_forward(
@@ -39,38 +38,49 @@ def hybrid_attention_forward(
     """Attention of one layer, as transformers' attention interface calls it.
 
     Args:
-        query: [B, H, T, D]; `key`, `value`: [B, Hk, T, D] (a layer that keeps softmax whole: [B, Hk, S, D]).
+        query: [B, H, T, D]; `key`, `value`: [B, Hk, T, D] (a layer of one cache: [B, Hk, S, D]).
 
     Returns:
         [B, T, H, D] in the dtype of `query`, and None for the weights, which are never built.
     """
+    if not hasattr(module, "kept"):
+        raise UserError(
+            f"{type(module).__name__} is an attention layer of a softmax model, but the checkpoint is a linearized"
+            " model; load it with AutoModelForCausalLM"
+        )
     context = HybridContext() if hybrid is None else hybrid
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     maps = getattr(module, "feature_maps", None)
+    kept: KeptGroups = module.kept
     cached = None if context.cache is None else context.cache.layers[module.layer_idx]
-    if maps is None:
-        # An observer is shown the teacher, which sees everything.
-        window = module.softmax_window if context.observer is None else SoftmaxWindow()
-        kept = cast(KeptLayer | None, cached)
-        return kept_attention(query, key, value, context, scores, window, sliding_window, kept), None
-    groups: KVGroups = maps.groups
+    groups = kept.groups
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    q_linear, k_linear, v_linear = (groups.take_linear(x) for x in (q, k, v))
     if context.observer is not None:
+        # An observer is shown the teacher, which sees everything.
         y = softmax_attention(query, key, value, context, scores, sliding_window)
-        y_linear = groups.take_linear(y)
-        context.observer(LayerCall(module.layer_idx, maps, q_linear, k_linear, v_linear, y_linear, scores, context))
+        if maps is not None:
+            q, k, v, y_linear = (groups.take_linear(x) for x in (q, k, v, y))
+            context.observer(LayerCall(module.layer_idx, maps, q, k, v, y_linear, scores, context))
         return y, None
-    layer = cast(HybridLayer | None, cached)
-    y = student_attention(maps, q_linear, k_linear, v_linear, scores, context, layer)
-    if groups.softmax:
-        query, key, value = (groups.take_softmax(x).transpose(1, 2) for x in (q, k, v))
-        kept = None if layer is None else layer.softmax
-        if kept is not None:
-            key, value = kept.update(key, value)
-        window = module.softmax_window
-        y = groups.join(y, kept_attention(query, key, value, context, scores, window, sliding_window, kept))
-    return y, None
+    if maps is None and len(kept.parts) == 1:
+        (window,) = kept.parts
+        layer = cast(KeptLayer | None, cached)
+        return kept_attention(query, key, value, context, scores, window, sliding_window, layer), None
+    divided = cast(DividedLayer | None, cached)
+    outputs: list[tuple[Sequence[int], Tensor]] = []
+    if maps is not None:
+        q_linear, k_linear, v_linear = (groups.take_linear(x) for x in (q, k, v))
+        state = cast(HybridLayer | None, cached)
+        y = student_attention(maps, q_linear, k_linear, v_linear, scores, context, state)
+        outputs.append((groups.linear, y))
+    for part, (window, members) in enumerate(kept.parts.items()):
+        query, key, value = (groups.take(x, members).transpose(1, 2) for x in (q, k, v))
+        layer = None if divided is None else divided.kept[part]
+        if layer is not None:
+            key, value = layer.update(key, value)
+        y = kept_attention(query, key, value, context, scores, window, sliding_window, layer)
+        outputs.append((members, y))
+    return outputs[0][1] if len(outputs) == 1 else groups.join(*outputs), None
 
 
 def student_attention(
@@ -91,21 +101,18 @@ def student_attention(
     Returns:
         [B, T, H, D] in the dtype of `q`; zero at padding.
     """
-    weights, config = maps.operands(scores)
+    weights, config = maps(scores)
+    real = context.new_padding_mask
+    q, k, v = (context.to_front(x) for x in (q, k, v))
     if context.cu_seqlens is not None:
         packed = (x.flatten(0, 1)[None] for x in (q, k, v))
         y: Any = attend(*packed, weights, config, cu_seqlens=context.cu_seqlens)
-        return y.view(q.shape[0], -1, *q.shape[2:])
-    real, order, lengths = context.new_padding_mask, None, None
-    if real is not None:
-        # Real tokens to the front of their row, in their order; padding never enters a chunk or the state.
-        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
-        q, k, v = (x.gather(1, order[:, :, None, None].expand_as(x)) for x in (q, k, v))
-        lengths = real.sum(1)
+        return context.to_places(y.view(q.shape[0], -1, *q.shape[2:]))
+    lengths = None if real is None else real.sum(1)
     run = functools.partial(attend, q, k, v, weights, config, lengths=lengths)
     if layer is None:
         y = run()
-    elif layer.state is not None and q.shape[1] == 1 and order is None and not torch.is_grad_enabled():
+    elif layer.state is not None and q.shape[1] == 1 and real is None and not torch.is_grad_enabled():
         y = decode_(q, k, v, weights, config, layer.state)
     elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *weights.tensors())):
         # No gradient passes through a state, so it is computed apart; the fused kernels then take both calls.
@@ -114,7 +121,4 @@ def student_attention(
             _, layer.state = run(initial_state=layer.state, return_state=True)
     else:
         y, layer.state = run(initial_state=layer.state, return_state=True)
-    if order is not None and real is not None:
-        y = torch.empty_like(y).scatter(1, order[:, :, None, None].expand_as(y), y)
-        y = y.masked_fill(~real[:, :, None, None], 0)
-    return y
+    return context.to_places(y)

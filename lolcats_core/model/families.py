@@ -25,6 +25,7 @@ class Family:
     Attributes:
         classes: its configuration and its causal language model, by their names in transformers.
         attention: name of a layer's attention module. head_dim: that module's name for its head dimension.
+        rotary_interleaved: whether dims that rotate together stand side by side instead of half a head apart.
         embedding: last part of the input embedding's name in a checkpoint.
         renamed: names in checkpoints that the model's parameters no longer have.
         logits_divisor, logits_softcap: values of the configuration that logits are divided by, and bounded by through
@@ -34,6 +35,7 @@ class Family:
     classes: tuple[str, str]
     attention: str = "self_attn"
     head_dim: str = "head_dim"
+    rotary_interleaved: bool = False
     embedding: str = "embed_tokens"
     renamed: Mapping[str, str] = field(default_factory=dict)
     logits_divisor: str | None = None

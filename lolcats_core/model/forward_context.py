@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
+from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
+
+ATTENTION_NAME = "lolcats_hybrid"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class LayerCall:
         q, k, v, y_true = (x.flatten(0, 1)[None] for x in tensors)
         return q, k, v, y_true
 
+    def positions(self) -> Tensor:
+        """[T] of `as_packed`: each token's position in its sequence."""
+        column = torch.arange(self.as_packed()[0].shape[1], device=self.q.device)
+        starts = self.context.cu_seqlens
+        return column if starts is None else column - starts[torch.bucketize(column, starts, right=True) - 1]
+
 
 LayerObserver = Callable[[LayerCall], None]
 
@@ -64,7 +74,8 @@ class HybridContext:
     Attributes:
         cache: state to continue and to leave behind, or None.
         padding_mask: [B, S] bool, False at padding; None when nothing is padded.
-        document_ids: [B, T] int, number of each token's document in its row; None when every row is one document.
+        document_ids: [B, T] int, number of each token's document in its row, -1 at padding; None when every row is one
+            document.
         observer: stage 1: every layer computes its softmax output, shows it here and passes it on (teacher forcing).
         past_length: number of tokens before the new ones, S - T.
     """
@@ -74,6 +85,18 @@ class HybridContext:
     document_ids: Tensor | None = None
     observer: LayerObserver | None = None
     past_length: int = 0
+    _elsewhere: dict[torch.device, HybridContext] = field(default_factory=dict, init=False, repr=False)
+
+    def to(self, device: torch.device | str | int, **_: Any) -> HybridContext:
+        """The same pass for layers on another device; accelerate asks for it where a model lies on several."""
+        device = torch.device(device)
+        tensors = [x for x in (self.padding_mask, self.document_ids) if x is not None]
+        if all(tensor.device == device for tensor in tensors):
+            return self
+        if device not in self._elsewhere:
+            mask, ids = (None if x is None else x.to(device) for x in (self.padding_mask, self.document_ids))
+            self._elsewhere[device] = replace(self, padding_mask=mask, document_ids=ids)
+        return self._elsewhere[device]
 
     @staticmethod
     def observed(observer: LayerObserver, position_ids: Tensor | None) -> HybridContext:
@@ -87,41 +110,110 @@ class HybridContext:
         return None if new is None or bool(new.all()) else new
 
     @cached_property
+    def _real_first(self) -> Tensor | None:
+        """[B, T] columns of the new tokens, real ones first and in their order; None when none of them is padding."""
+        return None if self.new_padding_mask is None else real_first(self.new_padding_mask)
+
+    def to_front(self, x: Tensor) -> Tensor:
+        """x [B, T, H, D] with each row's real tokens in front, so that padding enters no chunk and no state."""
+        order = self._real_first
+        return x if order is None else x.gather(1, order[:, :, None, None].expand_as(x))
+
+    def to_places(self, x: Tensor) -> Tensor:
+        """The inverse of `to_front`, zero at padding."""
+        order, real = self._real_first, self.new_padding_mask
+        if order is None or real is None:
+            return x
+        placed = torch.empty_like(x).scatter(1, order[:, :, None, None].expand_as(x), x)
+        return placed.masked_fill(~real[:, :, None, None], 0)
+
+    @cached_property
     def cu_seqlens(self) -> Tensor | None:
-        """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers."""
+        """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers.
+
+        Of rows with their real tokens in front; the padding behind them counts as a document.
+        """
         if self.document_ids is None:
             return None
-        rows, tokens = self.document_ids.shape
-        starts = torch.ones(rows, tokens, dtype=torch.bool, device=self.document_ids.device)
-        starts[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        ids = self.document_ids if self._real_first is None else self.document_ids.gather(1, self._real_first)
+        starts = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
         first = starts.flatten().nonzero()[:, 0]
-        return torch.cat([first, first.new_tensor([rows * tokens])])
+        return torch.cat([first, first.new_tensor([ids.numel()])])
 
 
-def document_numbers(position_ids: Tensor | None) -> Tensor | None:
-    """[B, T] number of each token's document where positions start again inside a row; None where none does."""
+def document_numbers(position_ids: Tensor | None, real: Tensor | None = None) -> Tensor | None:
+    """[B, T] number of each token's document where positions start again inside a row; None where none does.
+
+    Args:
+        position_ids: [B or 1, T], or None. real: [B, T], False at padding, whose positions say nothing and whose number
+            is -1; None when nothing is padded.
+    """
     if position_ids is None:
         return None
-    jumps = position_ids.diff(dim=-1) != 1
-    return F.pad(jumps.cumsum(-1), (1, 0)) if bool(jumps.any()) else None
+    if real is None:
+        jumps = position_ids.diff(dim=-1) != 1
+        return F.pad(jumps.cumsum(-1), (1, 0)) if bool(jumps.any()) else None
+    order = real_first(real)
+    ordered, present = position_ids.expand_as(real).gather(1, order), real.gather(1, order)
+    jumps = (ordered.diff(dim=-1) != 1) & present[:, 1:]
+    if not bool(jumps.any()):
+        return None
+    numbers = F.pad(jumps.cumsum(-1), (1, 0)).masked_fill(~present, -1)
+    return torch.empty_like(numbers).scatter(1, order, numbers)
+
+
+def real_first(real: Tensor) -> Tensor:
+    """[B, T] columns of each row, those where `real` [B, T] is True first, in their order."""
+    return (~real).to(torch.int8).argsort(dim=1, stable=True)
+
+
+def check_attention(name: str | dict[str, str]) -> None:
+    """Refuse every attention function but the one that a linearized model has.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if name != ATTENTION_NAME:
+        raise UserError(f"`attn_implementation` of a linearized model must be {ATTENTION_NAME}, got {name!r}")
+
+
+def checkpoints(decoder: Any) -> bool:
+    """Whether a forward pass keeps the layers' inputs alone, for its backward pass to run them again."""
+    return decoder.training and getattr(decoder, "gradient_checkpointing", False)
+
+
+def _wants_cache(decoder: Any, asked: bool | None) -> bool:
+    trains = decoder.training and torch.is_grad_enabled()
+    return decoder.config.use_cache and not trains if asked is None else asked
+
+
+@lru_cache
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments that a decoder's method takes by position; they differ between families."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook of the decoder: positions, cache and the `HybridContext` of the pass.
 
+    A cache is made where one is asked for, and where `use_cache` is not given but in training, which needs none.
+
     Raises:
-        UserError: a mask that is not [B, S], a foreign cache, or packed rows together with a cache.
+        UserError: a mask that is not [B, S], a foreign cache or attention function, attention weights are asked for, or
+            a cache together with packed rows or with gradient checkpointing.
     """
     if kwargs.get("hybrid") is not None:
         return args, kwargs
-    kwargs = dict(kwargs)
-    mask, cache, positions = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
-    use_cache = kwargs.get("use_cache")
-    use_cache = decoder.config.use_cache if use_cache is None else use_cache
-    if cache is None and use_cache and not decoder.training:
-        cache = kwargs["past_key_values"] = HybridCache(decoder.config)
+    if args:
+        args, kwargs = (), dict(zip(_positional(type(decoder).forward), args, strict=False)) | kwargs
+    check_attention(decoder.config._attn_implementation)  # anyone who holds the configuration can change it
+    if kwargs.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise UserError("`output_attentions` of a linearized model must be False: it never builds attention weights")
+    cache, kwargs = given_cache(kwargs), {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if cache is not None and not isinstance(cache, HybridCache):
-        raise UserError(f"`past_key_values` of a linearized model must be a HybridCache, got {type(cache).__name__}")
+        raise UserError(f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}")
     if mask is not None and mask.dim() != 2:
         raise UserError(f"`attention_mask` of a linearized model must be [B, S], got {tuple(mask.shape)}")
     padding_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()
@@ -130,13 +222,20 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if positions is None and padding_mask is not None:
         # Features depend on absolute positions, so padding must not count.
         kwargs["position_ids"] = (padding_mask.cumsum(1) - 1).clamp(min=0)[:, past_length:]
-    elif positions is not None and padding_mask is None and past_length == 0 and positions.shape[-1] > 1:
-        document_ids = document_numbers(positions)
+    elif positions is not None and past_length == 0 and positions.shape[-1] > 1:
+        document_ids = document_numbers(positions, padding_mask)
     if document_ids is not None:
-        # Some families give the ids by position.
-        inputs = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        document_ids = document_ids.expand(len(next(x for x in inputs if x is not None)), -1)
-        # Packed documents leave no single state behind.
-        kwargs["use_cache"], kwargs["past_key_values"], cache = False, None, None
+        rows = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        document_ids = document_ids.expand(len(rows), -1)
+    obstacle = None
+    if document_ids is not None:
+        obstacle = "packed rows (`position_ids` start again inside a row), which leave no single state behind"
+    elif checkpoints(decoder):
+        obstacle = "gradient checkpointing, which runs every layer twice"
+    if cache is not None and obstacle is not None:
+        raise UserError(f"`{CACHE}` must be None with {obstacle}")
+    if cache is None and obstacle is None and _wants_cache(decoder, kwargs.get("use_cache")):
+        cache = HybridCache(decoder.config)
+    kwargs[CACHE], kwargs["use_cache"] = cache, cache is not None
     kwargs["hybrid"] = HybridContext(cache, padding_mask, document_ids, past_length=past_length)
     return args, kwargs

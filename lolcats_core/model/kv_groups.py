@@ -28,20 +28,18 @@ class KVGroups:
 
     def take_linear(self, x: Tensor) -> Tensor:
         """The linearized groups' heads of [B, T, H, D], in order."""
-        return self._take(x, self.linear)
+        return self.take(x, self.linear)
 
-    def take_softmax(self, x: Tensor) -> Tensor:
-        """The softmax groups' heads of [B, T, H, D], in order."""
-        return self._take(x, self.softmax)
-
-    def join(self, linear: Tensor, softmax: Tensor) -> Tensor:
-        """Both parts in the layer's order of heads again: the inverse of the two functions above."""
-        parts = dict(zip(self.linear, linear.chunk(len(self.linear), 2), strict=True))
-        parts |= dict(zip(self.softmax, softmax.chunk(len(self.softmax), 2), strict=True))
-        return torch.cat([parts[group] for group in range(self.count)], 2)
-
-    def _take(self, x: Tensor, groups: Sequence[int]) -> Tensor:
-        if len(groups) == self.count:
+    def take(self, x: Tensor, groups: Sequence[int]) -> Tensor:
+        """The heads of these groups of [B, T, H, D], in the order given."""
+        if tuple(groups) == tuple(range(self.count)):
             return x
         parts = x.chunk(self.count, 2)
         return torch.cat([parts[group] for group in groups], 2)
+
+    def join(self, *parts: tuple[Sequence[int], Tensor]) -> Tensor:
+        """Parts of the heads, each with its groups, in the layer's order of heads: the inverse of `take`."""
+        by_group: dict[int, Tensor] = {}
+        for groups, x in parts:
+            by_group |= dict(zip(groups, x.chunk(len(groups), 2), strict=True))
+        return torch.cat([by_group[group] for group in range(self.count)], 2)

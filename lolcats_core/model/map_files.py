@@ -21,7 +21,7 @@ from lolcats_core.model.modeling import feature_maps, named_map_parameters
 # Settings that decide where training starts and nothing after it.
 INITIAL = ("init_window_factor", "feature_map_init")
 # Besides, settings of the kept heads, which attention transfer does not look at.
-NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_sinks")
+NOT_OF_MAPS = (*INITIAL, "softmax_window", "softmax_windows", "softmax_sinks")
 
 
 def save_feature_maps(student: PreTrainedModel, path: Path | str) -> None:

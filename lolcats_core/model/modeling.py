@@ -1,8 +1,9 @@
-"""Linearized models as Hugging Face models: one class per family, made from the family's own, no copied modelling.
+"""Linearized models as Hugging Face models: classes made from the family's own, no copied modelling.
 
 A linearized Llama is `LolcatsLlamaForCausalLM`, a subclass of `LlamaForCausalLM` whose attention layers hold
 `FeatureMaps` and whose attention function is the hybrid one. Importing this module registers every family with
-transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads what `save_pretrained` wrote.
+transformers' Auto classes, so `AutoModelForCausalLM.from_pretrained` loads what `save_pretrained` wrote, as do
+`AutoModel` (the decoder alone) and, where the family has it, `AutoModelForSequenceClassification` (with a new head).
 """
 
 from __future__ import annotations
@@ -13,18 +14,32 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
 from lolcats_common.errors import UserError
-from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
-from lolcats_core.model.attention import ATTENTION_NAME, hybrid_attention_forward
+from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
+from lolcats_core.model.attention import hybrid_attention_forward
+from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
-from lolcats_core.model.forward_context import prepare_inputs
-from lolcats_core.model.kv_groups import KVGroups
+from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
 from lolcats_core.model.remote_code import auto_map, write_code
-from lolcats_core.model.rotary import fuse_rotary
-from lolcats_core.model.softmax_attention import SoftmaxWindow
+from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
+from lolcats_core.model.softmax_attention import KeptGroups
+from lolcats_core.model.transformers_versions import CACHE, given_cache
+
+logger = logging.get_logger(__name__)
 
 transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
 
@@ -33,32 +48,60 @@ class LinearizedMixin:
     """What a linearized model has besides its family's class."""
 
     _keep_in_fp32_modules_strict = ("feature_maps",)
+    linearized: nn.Embedding
     # The state sums over the past, so decoding that takes tokens back is refused by `generate`.
     _is_stateful = True
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation is not None:
+            check_attention(config._attn_implementation)
+        if config.linearize is None:
+            raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         config._attn_implementation = ATTENTION_NAME
+        decoder = cast(PreTrainedModel, self).base_model
+        if decoder is not self and isinstance(decoder, LinearizedMixin):
+            # transformers makes the decoder of some heads through `AutoModel`; one more module belongs to the whole.
+            self.linearized = decoder.linearized
+            del decoder.linearized
+            return
         settings = LinearizeConfig.from_dict(config.linearize)
-        head_dim = family_of(config).head_dim
+        head_dim, decoder = family_of(config).head_dim, cast(PreTrainedModel, self).base_model
         for layer in attention_layers(cast(nn.Module, self)):
-            local = layer.layer_idx in local_layers(config)
-            window = SoftmaxWindow(settings.softmax_window, settings.softmax_sinks)
-            layer.softmax_window = SoftmaxWindow() if local else window
+            kept = layer.kept = KeptGroups.of(config, layer.layer_idx)
             fuse_rotary(layer)
-            if layer.layer_idx not in softmax_layers(config):
-                groups = KVGroups(kv_heads(config), settings.softmax_heads.get(layer.layer_idx, ()))
-                queries = config.num_attention_heads // groups.count
-                layer.feature_maps = FeatureMaps(settings, groups, queries, getattr(layer, head_dim))
+            if kept.groups.linear:
+                queries = config.num_attention_heads // kept.groups.count
+                maps = FeatureMaps(settings, kept.groups, queries, getattr(layer, head_dim))
+                maps.rotary = layer_rotary(decoder, layer, family_of(config).rotary_interleaved)
+                layer.feature_maps = maps
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
         # refuses to put them onto the softmax teacher, whose other modules have the same names.
         self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
-        cast(PreTrainedModel, self).base_model.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
+        decoder.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What `generate` keeps between its steps: the given cache, or a new `HybridCache`.
+
+        Raises:
+            UserError: another kind of cache is asked for.
+        """
+        asked, usual = generation_config.cache_implementation, self.generation_config.cache_implementation  # type: ignore[attr-defined]
+        if asked not in (None, usual):
+            raise UserError(f"`cache_implementation` of a linearized model must be None, got {asked!r}")
+        if asked is not None:
+            # Some teachers name one, and their students inherit it.
+            logger.warning_once(f"a linearized model's cache is a HybridCache; {asked!r} has no effect")
+            generation_config.cache_implementation = None
+        if generation_config.use_cache and checkpoints(cast(PreTrainedModel, self).base_model):
+            logger.warning_once("gradient checkpointing leaves no cache: `generate` reads the whole text at every step")
+            generation_config.use_cache = False
+        if generation_config.use_cache is not False and given_cache(model_kwargs) is None:
+            model_kwargs[CACHE] = HybridCache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """A linearized model has one attention function.
@@ -66,16 +109,15 @@ class LinearizedMixin:
         Raises:
             UserError: another one is asked for.
         """
-        if attn_implementation != ATTENTION_NAME:
-            raise UserError(f"a linearized model's attention is {ATTENTION_NAME}, got {attn_implementation!r}")
+        check_attention(attn_implementation)
 
     def save_pretrained(self, save_directory: Path | str, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the code beside the weights (`trust_remote_code` loads it without this package)."""
-        config_class, model_class = type(self.config).__name__, type(self).__name__
-        self.config.auto_map = auto_map(config_class, model_class)
+        classes = auto_classes(self.config)
+        self.config.auto_map = auto_map(classes)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
-            write_code(save_directory, [config_class, model_class])
+            write_code(save_directory, classes.values())
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -88,12 +130,20 @@ class LinearizedMixin:
         return (model, info) if wanted else model
 
 
+class LinearizedConfigMixin:
+    """What the configuration of a linearized model has besides its family's class."""
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The values in config.json; the attention function among them makes the softmax classes refuse the file."""
+        return {**super().to_diff_dict(), "attn_implementation": ATTENTION_NAME}  # type: ignore[misc]
+
+
 def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     base_config, base_model = FAMILIES[name].resolve()
-    config_name, model_name = f"Lolcats{base_config.__name__}", f"Lolcats{base_model.__name__}"
+    config_name = f"Lolcats{base_config.__name__}"
     config = type(
         config_name,
-        (base_config,),
+        (LinearizedConfigMixin, base_config),
         {
             "__module__": __name__,
             "__doc__": f"{base_config.__name__} with `linearize`, the values of a `LinearizeConfig`.",
@@ -102,19 +152,33 @@ def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
             "model_type": PREFIX + name,
         },
     )
-    model = type(
-        model_name,
-        (LinearizedMixin, base_model),
-        {"__module__": __name__, "__doc__": f"{base_model.__name__} with hybrid attention.", "config_class": config},
-    )
-    globals()[config_name], globals()[model_name] = config, model
+    globals()[config_name] = config
     # The copy of this code beside a checkpoint registers as well.
     AutoConfig.register(PREFIX + name, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model, exist_ok=True)
-    return config, model
+    AUTO_CLASSES[PREFIX + name] = {"AutoConfig": config}
+    bases: dict[Any, type[PreTrainedModel] | None] = {
+        AutoModelForCausalLM: base_model,
+        AutoModel: cast(Any, MODEL_MAPPING).get(base_config, None),
+        AutoModelForSequenceClassification: cast(Any, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING).get(base_config, None),
+    }
+    for auto, base in bases.items():
+        if base is not None:
+            names = {"__module__": __name__, "__doc__": f"{base.__name__} with hybrid attention."}
+            model = type(f"Lolcats{base.__name__}", (LinearizedMixin, base), {**names, "config_class": config})
+            globals()[model.__name__] = AUTO_CLASSES[PREFIX + name][auto.__name__] = model
+            auto.register(config, model, exist_ok=True)
+    return config, globals()[f"Lolcats{base_model.__name__}"]
 
 
+# By `model_type`, the classes of a linearized family by the Auto classes that find them.
+AUTO_CLASSES: dict[str, dict[str, type]] = {}
+# By the teacher's `model_type`.
 LINEARIZED = {name: _linearized(name) for name in FAMILIES}
+
+
+def auto_classes(config: PreTrainedConfig) -> dict[str, type]:
+    """The classes of a linearized model's family by the names of the Auto classes that find them."""
+    return AUTO_CLASSES[config.model_type]
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -134,7 +198,7 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
     if reason is not None:
         raise UserError(reason)
     layers, groups = config.num_hidden_layers, kv_heads(config)
-    for name in ("softmax_layers", "softmax_heads"):
+    for name in ("softmax_layers", "softmax_heads", "softmax_windows"):
         beyond = [layer for layer in getattr(settings, name) if layer >= layers]
         if beyond:
             raise UserError(f"`{name}` must be below the {layers} layers, got {beyond[0]}")
@@ -147,16 +211,23 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
             raise UserError(f"`softmax_heads` of layer {layer} must be below its {groups} kv heads, got {kept[-1]}")
         if len(kept) == groups:
             raise UserError(f"`softmax_heads` names every kv head of layer {layer}; put it into `softmax_layers`")
-    own = None if local_layers(config) else getattr(config, "sliding_window", None)
-    if settings.softmax_window is not None and own is not None and settings.softmax_window >= own:
+    changing = changing_frequencies(config)
+    if settings.feature_positions == "unrotated" and changing is not None:
         raise UserError(
-            f"`softmax_window` must be below the teacher's own sliding window of {own}, got {settings.softmax_window}"
+            f"`feature_positions: unrotated` needs rotary embeddings with fixed frequencies, got rope_type {changing!r}"
         )
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """Key/value heads of each layer."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for layer, windows in settings.softmax_windows.items():
+        if layer in local_layers(config):
+            raise UserError(f"layer {layer} in `softmax_windows` is a local layer, which has a window of its own")
+        if max(windows) >= groups:
+            raise UserError(
+                f"`softmax_windows` of layer {layer} must be below its {groups} kv heads, got {max(windows)}"
+            )
+    own = None if local_layers(config) else getattr(config, "sliding_window", None)
+    sizes = {f"`softmax_windows` of layer {i}": max(sizes.values()) for i, sizes in settings.softmax_windows.items()}
+    for name, size in {"`softmax_window`": settings.softmax_window, **sizes}.items():
+        if size is not None and own is not None and size >= own:
+            raise UserError(f"{name} must be below the teacher's own sliding window of {own}, got {size}")
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
@@ -174,6 +245,13 @@ def feature_maps(model: nn.Module) -> dict[str, FeatureMaps]:
 def named_map_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that linearizing added, by its name in the model."""
     return {f"{name}.{key}": p for name, maps in feature_maps(model).items() for key, p in maps.named_parameters()}
+
+
+def tied_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding of a causal language model where its weight is that of the input embedding."""
+    plain = cast(Any, model)
+    head: nn.Module = plain.get_output_embeddings()
+    return head if head.weight is plain.get_input_embeddings().weight else None
 
 
 def empty_student(teacher: PreTrainedConfig, settings: LinearizeConfig) -> PreTrainedModel:
@@ -221,7 +299,10 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
     """
     with torch.device("meta"):
         student = empty_student(model.config, config)
-    student.load_state_dict(model.state_dict(), strict=False, assign=True)
+    missing = student.load_state_dict(model.state_dict(), strict=False, assign=True).missing_keys
+    absent = [name for name in missing if ".feature_maps." not in name and not name.startswith("linearized.")]
+    if absent:
+        raise UserError(f"`model` must be a causal language model; {type(model).__name__} has no {absent[0]}")
     buffers = dict(model.named_buffers())
     for name, module in student.named_modules():
         for key, buffer in module.named_buffers(recurse=False):

@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lolcats_common.files import write_text
 from lolcats_common.import_closure import import_closure
 
 ENTRY = "modeling_lolcats"
-MODEL = "lolcats_core.model.modeling"
+MODEL, VERSIONS = "lolcats_core.model.modeling", "lolcats_core.model.transformers_versions"
 _OURS = re.compile(r"^(\s*)from (lolcats_(?:common|core|kernels)[\w.]*) import", re.MULTILINE)
 
 
-def auto_map(config_class: str, model_class: str) -> dict[str, str]:
-    """What config.json says about where the classes are."""
-    return {"AutoConfig": f"{ENTRY}.{config_class}", "AutoModelForCausalLM": f"{ENTRY}.{model_class}"}
+def auto_map(classes: Mapping[str, type]) -> dict[str, str]:
+    """What config.json says about where the classes, by their Auto classes, are."""
+    return {auto: f"{ENTRY}.{each.__name__}" for auto, each in classes.items()}
 
 
-def write_code(folder: Path | str, classes: list[str]) -> None:
+def write_code(folder: Path | str, classes: Iterable[type]) -> None:
     """Write `modeling_lolcats.py`, which offers `classes`, and every module behind it."""
     folder = Path(folder)
     if not __name__.startswith("lolcats_core."):
@@ -36,11 +37,25 @@ def write_code(folder: Path | str, classes: list[str]) -> None:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
         return
-    for module, file in import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton).items():
+    modules = import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton)
+    for module, file in modules.items():
         source = file.read_text(encoding="utf-8")
         write_text(folder / f"{_flat(module)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
-    names = ", ".join(sorted(classes))
-    write_text(folder / f"{ENTRY}.py", f"from .{_flat(MODEL)} import {names}  # noqa: F401\n")
+    write_text(folder / f"{ENTRY}.py", _entry(sorted(each.__name__ for each in classes), list(modules)))
+
+
+def _entry(classes: list[str], modules: list[str]) -> str:
+    """The source of `modeling_lolcats.py`: a version that is out of the range is refused before anything else."""
+    lines = [
+        "from typing import TYPE_CHECKING",
+        "",
+        f"from .{_flat(VERSIONS)} import CACHE  # noqa: F401",
+        f"from .{_flat(MODEL)} import {', '.join(classes)}  # noqa: F401",
+        "",
+        "if TYPE_CHECKING:  # old versions of transformers copy the files named here and none that those name",
+        *(f"    from .{_flat(module)} import *" for module in modules),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _flat(module: str) -> str:

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
 from lolcats_core.model.decoding.cache import KeptLayer
 from lolcats_core.model.feature_maps import Scores
 from lolcats_core.model.forward_context import HybridContext
+from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.sinks import Sinks, gather_sinks
 from lolcats_kernels.hybrid_attention import window_scores
 from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
@@ -28,6 +31,28 @@ class SoftmaxWindow:
 
     size: int | None = None
     sinks: int = 0
+
+
+@dataclass(frozen=True)
+class KeptGroups:
+    """The kv groups of a layer that keep softmax attention, by what they see; each part has a cache of its own.
+
+    Attributes:
+        groups: all of the layer's. `parts`: kv groups by their window, in order; together they are `groups.softmax`.
+    """
+
+    groups: KVGroups
+    parts: dict[SoftmaxWindow, tuple[int, ...]]
+
+    @staticmethod
+    def of(config: Any, layer: int) -> KeptGroups:
+        """Of a layer of a linearized model's config. A local layer stays as it is."""
+        settings, count = LinearizeConfig.from_dict(config.linearize), kv_heads(config)
+        if layer in local_layers(config):
+            return KeptGroups(KVGroups(count, tuple(range(count))), {SoftmaxWindow(): tuple(range(count))})
+        found = settings.softmax_parts(layer, count)
+        parts = {SoftmaxWindow(size, settings.softmax_sinks): members for size, members in found.items()}
+        return KeptGroups(KVGroups(count, tuple(sorted(g for members in parts.values() for g in members))), parts)
 
 
 def kept_attention(
@@ -52,7 +77,7 @@ def kept_attention(
     if window.size is None or not window.sinks:
         return softmax_attention(q, k, v, context, scores, sliding_window if window.size is None else window.size)
     if context.cu_seqlens is not None and q.shape[2] > window.size:
-        return _packed_sink_attention(q, k, v, context.cu_seqlens, scores, window)
+        return _packed_sink_attention(q, k, v, context, context.cu_seqlens, scores, window)
     return _sink_attention(q, k, v, context, scores, window, layer)
 
 
@@ -118,15 +143,21 @@ def _sink_attention(
 
 
 def _packed_sink_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scores: Scores, window: SoftmaxWindow
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: HybridContext,
+    cu_seqlens: Tensor,
+    scores: Scores,
+    window: SoftmaxWindow,
 ) -> Tensor:
     """`_sink_attention` of packed rows, in which every document has first tokens of its own."""
     batch = q.shape[0]
     index, lengths = packed_index(cu_seqlens)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))
+    q, k, v = (context.to_front(x.transpose(1, 2)).flatten(0, 1)[index].transpose(1, 2) for x in (q, k, v))
     padding_mask = torch.arange(index.shape[1], device=q.device) < lengths[:, None]
     y = _sink_attention(q, k, v, HybridContext(padding_mask=padding_mask), scores, window)
-    return unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:])
+    return context.to_places(unpack_rows(y, index, lengths).view(batch, -1, *y.shape[2:]))
 
 
 def _softmax_mask(

@@ -14,7 +14,7 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.compute import distributed
 from lolcats_core.compute.quantization import quantize_projections
 from lolcats_core.model.map_files import load_feature_maps
-from lolcats_core.model.modeling import empty_student, feature_maps, linearize
+from lolcats_core.model.modeling import empty_student, feature_maps, linearize, tied_head
 from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.streaming.weights import WeightFiles, names_in, put, read, without_weights
 from lolcats_core.teacher.pin import Teacher
@@ -95,8 +95,7 @@ def load_student(
     parts = [(layer, names_in(student, layer)) for layer in layers]
     inside = {id(p) for layer in layers for p in layer.parameters()}
     around = {k: v for k, v in names_in(student, student).items() if id(student.get_parameter(k)) not in inside}
-    table, head = (cast(Any, x) for x in (student.get_input_embeddings(), student.get_output_embeddings()))
-    tied = head.weight is table.weight
+    tied = tied_head(student) is not None
     around.pop("linearized.weight")
     try:
         for layer, names in parts:

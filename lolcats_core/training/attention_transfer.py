@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lolcats_common.errors import UserError
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.model.attention import student_attention
@@ -59,7 +60,7 @@ class LossObserver:
 
     def __call__(self, call: LayerCall) -> None:
         with torch.set_grad_enabled(self.scale is not None):
-            weights, config = call.maps.operands(call.scores)
+            weights, config = call.maps(call.scores)
             q, k, v, y_true = call.as_packed()
             mse = transfer_error(q, k, v, y_true, weights, config, cu_seqlens=call.context.cu_seqlens)
             loss = self.params.mse_weight * mse
@@ -213,6 +214,42 @@ def holds_documents(rows: Rows, at_once: int = 1024) -> bool:
     return any(document_numbers(rows.batch(batch)["position_ids"]) is not None for batch in batches)
 
 
+def longest_document(rows: Rows, enough: int, at_once: int = 1024) -> int:
+    """Tokens of the longest document of any row, or of the first one seen that has more than `enough`.
+
+    What fills a row up behind its documents holds no target and is none.
+    """
+    if "position_ids" not in rows.batch(np.arange(1)):
+        return rows.sequence_length
+    longest = 0
+    for indices in batches_of(range(len(rows)), at_once):
+        batch = rows.batch(indices)
+        numbers = document_numbers(batch["position_ids"])
+        if numbers is None:
+            return rows.sequence_length
+        apart = numbers + numbers.shape[1] * torch.arange(len(numbers))[:, None]
+        _, which, counts = torch.unique_consecutive(apart.flatten(), return_inverse=True, return_counts=True)
+        if "loss_mask" in batch:
+            counts *= torch.zeros_like(counts).index_add_(0, which, batch["loss_mask"].flatten().long()) > 0
+        longest = max(longest, int(counts.max()))
+        if longest > enough:
+            break
+    return longest
+
+
+def check_window(rows: Rows, settings: LinearizeConfig) -> None:
+    """Refuse training rows of which the window sees everything: a student would be perfect and not linear.
+
+    Raises:
+        UserError: the rows, or all documents in them, are too short.
+    """
+    if len(rows) == 0:
+        return
+    settings.check_length("`data.sequence_length`", rows.sequence_length)
+    name = "the longest document (with `data.packing: documents`)"
+    settings.check_length(name, longest_document(rows, settings.window_reach))
+
+
 def check_cross_entropy(rows: Rows, params: TransferParams) -> None:
     """Refuse the quadratic term on packed documents.
 
@@ -244,9 +281,12 @@ def attention_transfer(
         scratch: directory of the step checkpoint; the same directory continues a killed run.
 
     Raises:
-        UserError: nothing to train, packed documents with `xent_weight`, or a loss that is not finite.
+        UserError: nothing to train, rows or documents that the window sees whole, packed documents with
+            `xent_weight`, or a loss that is not finite.
     """
     check_cross_entropy(rows, params)
+    if named_map_parameters(student):
+        check_window(rows, LinearizeConfig.from_dict(cast(Any, student.config).linearize))
     student.eval()
     device = student.device
     if student.config.linearize["feature_map_init"] == "calibrated" and len(rows):

@@ -2,9 +2,10 @@
 
 The columns of both maps are centres of clusters of keys, times the scale of the scores. Softmax over the features then
 gives a key its cluster and a query its attention over the clusters' centres, and their product is nearly the attention
-that the query pays to the key's cluster. Window factors (and decays) come from the error itself, per head; with
-`linear_factor: affine` they span every balance of the two parts, while with ``one`` the linear part, whose weights add
-up over all older tokens, cannot become as small as it should be.
+that the query pays to the key's cluster. The balance of the two parts (and decays) come from the error itself, per
+head. With `combine: mixture` it is the share's offset; else the window factor, which with `linear_factor: affine` spans
+every balance, while with ``one`` the linear part, whose weights add up over all older tokens, cannot become as small as
+it should be.
 
 # B batch, T tokens, N keys, H query heads, Hk key/value heads, D head dim, F columns of a map
 """
@@ -21,11 +22,13 @@ from lolcats_common.params import TransferParams
 from lolcats_core.model.forward_context import LayerCall
 from lolcats_core.training.loop import step_batches
 from lolcats_kernels.hybrid_attention import attend
+from lolcats_kernels.hybrid_attention.mixture import unrotate
 
 ROWS = 4
 KEYS = 4096  # that are clustered, of each head
 ITERATIONS = 10
 WINDOW_FACTORS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998)
+OFFSETS = tuple(float(x) for x in range(-8, 9))
 DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9998)
 
 
@@ -53,7 +56,10 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + call.index)
     maps, scores = call.maps, call.scores
     q, k, v, y_true = call.as_packed()
-    wide = k.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
+    weights, config = maps(scores)
+    positions = call.positions().to(k.device)
+    plain = unrotate(k.transpose(1, 2), positions, weights.frequencies, config.rotary_interleaved).transpose(1, 2)
+    wide = plain.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
     served = len(maps.w_k) // k.shape[2]  # maps of each kv head
     found = [key_clusters(wide[:, head // served], maps.w_k.shape[2], generator) for head in range(len(maps.w_k))]
     w = torch.stack(found).mT * scores.scale
@@ -61,22 +67,25 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
-        y = cast(Tensor, attend(q, k, v, *maps.operands(scores), cu_seqlens=call.context.cu_seqlens))
+        y = cast(Tensor, attend(q, k, v, *maps(scores), cu_seqlens=call.context.cu_seqlens))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 
-    def choose(factor: Tensor, values: tuple[float, ...]) -> None:
-        """The value with the least error for each entry of `factor`, which may serve several heads."""
+    def choose(parameter: Tensor, values: Tensor) -> None:
+        """The value with the least error for each entry of `parameter`, which may serve several heads."""
         found = []
         for value in values:
-            factor.fill_(value).logit_()
-            found.append(errors().unflatten(0, (len(factor), -1)).mean(1))
-        factor.copy_(torch.tensor(values, device=w.device, dtype=factor.dtype)[torch.stack(found).argmin(0)].logit())
+            parameter.fill_(value)
+            found.append(errors().unflatten(0, (len(parameter), -1)).mean(1))
+        parameter.copy_(values[torch.stack(found).argmin(0)])
+
+    def balance() -> None:
+        if maps.window_factor is None:
+            choose(cast(Tensor, maps.share_offset), torch.tensor(OFFSETS, device=w.device))
+        elif maps.settings.window != "none":
+            choose(maps.window_factor, torch.tensor(WINDOW_FACTORS, device=w.device).logit())
 
     # The balance of both parts first: the best decay depends on it, and then it on the decay.
-    windowed = maps.settings.window != "none"
-    if windowed:
-        choose(maps.window_factor, WINDOW_FACTORS)
+    balance()
     if maps.decay is not None:
-        choose(maps.decay, DECAYS)
-        if windowed:
-            choose(maps.window_factor, WINDOW_FACTORS)
+        choose(maps.decay, torch.tensor(DECAYS, device=w.device).logit())
+        balance()

@@ -206,7 +206,8 @@ def train(
         scratch: directory of the step checkpoint.
         log: receives metrics and the optimiser step.
         make_optimizer: AdamW with `lr` and `weight_decay` unless given; its learning rates are scheduled.
-        weigh: what rows count for in the mean that ``loss`` is, where several processes divide a micro-batch.
+        weigh: what rows count for in the mean that ``loss`` is, so that a step's loss is the same mean over all its
+            rows however micro-batches and processes divide them.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -238,18 +239,18 @@ def train(
             for group, base in zip(run.optimizer.param_groups, base_lrs, strict=True):
                 group["lr"] = run.plateau.lr(base * scale)
             batches = step_batches(len(rows), params, seed, run.result.steps)
-            count = sum(len(indices) for indices in batches)
-            for indices in batches:
-                mine, weight = distributed.part(indices, weigh)
+            weights = [weigh(indices) for indices in batches]
+            for indices, weight in zip(batches, weights, strict=True):
+                mine, part = distributed.part(indices, weigh)
                 batch = {name: value.to(device, non_blocking=True) for name, value in rows.batch(mine).items()}
-                share = weight * len(indices) / count
+                share = part * weight / (sum(weights) or 1.0)
                 run.window.append({name: value * share for name, value in step(batch, share).items()})
             distributed.sum_gradients(tensors)
             norm = torch.nn.utils.clip_grad_norm_(tensors, params.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.result.steps += 1
-            run.result.tokens += count * rows.sequence_length
+            run.result.tokens += sum(map(len, batches)) * rows.sequence_length
             run.result.seconds = time.monotonic() - started
 
             last = run.result.steps == steps

@@ -105,7 +105,7 @@ def layer_outputs(out: Any) -> list[Tensor]:
 def misalignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of the squared error of hidden states [B, T, d] over the teacher's mean square, in float32.
 
-    Over the rows of a forward pass, so several processes normalise by their own rows.
+    Over the rows of a forward pass, so each micro-batch and each process normalises by its own rows.
     """
     errors = []
     for given, wanted in zip(student, teacher, strict=True):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams
 from lolcats_core.model.branches import window_dropout
+from lolcats_core.model.modeling import tied_head
 from lolcats_core.training.loop import Rows, TrainResult, train
 from lolcats_core.training.losses import (
     CROSS_ENTROPY,
@@ -64,13 +65,22 @@ def objective_of(params: FinetuneParams) -> Objective:
 
 
 def check_target_modules(student: nn.Module, params: FinetuneParams) -> None:
-    """Refuse projections that the model does not have.
+    """Refuse projections that the model does not have, and an output embedding that is its input embedding as well.
 
     Raises:
-        UserError: naming the first unknown one and those there are.
+        UserError: naming the first one, and those there are.
     """
-    known = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+    linear: dict[Any, str] = {
+        module: name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)
+    }
+    head = linear.pop(tied_head(student), None)
+    known = set(linear.values())
     for name in params.target_modules:
+        if name == head:
+            raise UserError(
+                f"`finetune.target_modules` must leave {name!r} alone, which this teacher ties to its input embeddings"
+                f" (merged, its LoRA would change those too); it may name {', '.join(sorted(known))}"
+            )
         if name not in known:
             raise UserError(f"`finetune.target_modules`: the model has no {name!r}; it has {', '.join(sorted(known))}")
 
@@ -93,7 +103,7 @@ def add_lora(student: PreTrainedModel, params: FinetuneParams, seed: int) -> Pef
     only linearized models have, so peft refuses to load it onto the softmax teacher.
 
     Raises:
-        UserError: a target module does not exist.
+        UserError: a target module does not exist, or is tied to the input embeddings.
     """
     from peft import LoraConfig, get_peft_model  # seconds of import, which only this stage should pay
 
@@ -139,8 +149,8 @@ def low_rank_finetune(
         The adapted model (`merge_and_unload()` gives the plain one) and what the run did.
 
     Raises:
-        UserError: a target module does not exist, no training rows, a loss that is not finite, segments together
-            with gradient checkpointing or packed documents, or a KL term with an adapted output embedding.
+        UserError: a target module does not exist or is tied, no training rows, a loss that is not finite, segments
+            together with gradient checkpointing or packed documents, or a KL term with an adapted output embedding.
     """
     if params.segment_length and gradient_checkpointing:
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.forward_context import HybridContext, document_numbers
+from lolcats_core.model.transformers_versions import CACHE
 from lolcats_core.training.losses import plain_model, summed_loss
 from lolcats_core.training.perplexity import next_token_targets
 
@@ -65,9 +66,9 @@ def segmented_loss(model: nn.Module, batch: dict[str, Tensor], length: int, scal
             out = student.base_model(
                 input_ids=ids[:, start:stop],
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 hybrid=context,
+                **{CACHE: cache},
             )
             hidden = out.last_hidden_state[:, : predicts.stop - start]
             if hidden.shape[1]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.model.branches import window_dropout
@@ -39,6 +40,7 @@ from lolcats_core.training.attention_transfer import (
     HeadErrors,
     LossObserver,
     check_cross_entropy,
+    check_window,
     errors_of,
     mean_losses,
     mean_values,
@@ -288,8 +290,8 @@ def streamed_attention_transfer(
         mode measures.
 
     Raises:
-        UserError: nothing is to be trained, the teacher's files are damaged, the buffer does not fit on the disk, or
-            several processes were to share one in memory.
+        UserError: nothing is to be trained, the window sees all of every row, the teacher's files are damaged, the
+            buffer does not fit on the disk, or several processes were to share one in memory.
     """
     with closing(student):
         check_cross_entropy(rows, params)
@@ -299,6 +301,7 @@ def streamed_attention_transfer(
             raise UserError("attention transfer: nothing to train; every layer keeps its softmax attention")
         if len(rows) == 0:
             raise UserError("attention transfer: there are no training rows")
+        check_window(rows, LinearizeConfig.from_dict(cast(Any, student.model.config).linearize))
         work = StreamedTransfer(
             student,
             Calibration.plan(rows, validation, params, seed),

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, TextStreamer
 
 from lolcats_common.errors import UserError
 from lolcats_core import HybridCache, graphed_decoding, load_delta
 from lolcats_core.compute.device import resolve_device, seed_everything
 from lolcats_core.evaluation.generation import end_tokens
 from lolcats_core.export.delta import DELTA
+from lolcats_core.model.transformers_versions import CACHE
 from tasks.runner.logs import quiet_progress_bars
 
 RESET, EXIT = "/reset", "/exit"
@@ -24,7 +25,7 @@ class Generator:
     """A model with its tokenizer, and how to take the next token; `temperature` 0 decodes greedily."""
 
     def __init__(self, path: Path, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
-        """Load a merged model or a delta.
+        """Load a merged model, a delta or a model with softmax attention, such as the teacher.
 
         Raises:
             UserError: the model does not load.
@@ -58,14 +59,25 @@ class Generator:
         ids = self.tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
         return ids.to(device=self.model.device, dtype=torch.long)
 
-    def stream(self, ids: torch.Tensor, cache: HybridCache | None = None, skip_prompt: bool = True) -> torch.Tensor:
+    def encode_continuation(self, text: str) -> torch.Tensor:
+        """Token ids [1, T] of a text that goes on from another; by itself it may be given a space to begin with."""
+        before, both = (self.encode(part, special=False) for part in ("\n", "\n" + text))
+        seen = before.shape[1]
+        return both[:, seen:] if torch.equal(both[:, :seen], before) else self.encode(text, special=False)
+
+    def empty_cache(self) -> Cache:
+        """A decode state that has seen nothing."""
+        config = self.model.config
+        return HybridCache(config) if hasattr(config, "linearize") else DynamicCache(config=config)
+
+    def stream(self, ids: torch.Tensor, cache: Cache | None = None, skip_prompt: bool = True) -> torch.Tensor:
         """Print the continuation of `ids` [1, T], of which `cache` may have seen a beginning; all ids [1, T + new]."""
         with graphed_decoding(self.model):
             out: torch.Tensor = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
                 streamer=TextStreamer(self.tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
+                **{CACHE: cache},
                 **self.options,
             )
         return out
@@ -97,7 +109,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.text = ""  # the conversation so far as the model has it, without the last reply's end token
         self.ids = torch.empty(1, 0, dtype=torch.long, device=self.generator.model.device)
-        self.cache = HybridCache(self.generator.model.config)
+        self.cache = self.generator.empty_cache()
 
     def reply(self, line: str) -> None:
         """Print the model's answer to `line` (with a chat template) or its continuation of the text (without)."""
@@ -109,10 +121,12 @@ class Conversation:
                 messages = self.messages
                 self.reset()
                 self.messages = messages
-            new = self.generator.encode(whole[len(self.text) :], special=False)
         else:
             whole = f"{self.text}\n{line}" if self.text and not self.text.endswith("\n") else self.text + line
-            new = self.generator.encode(whole[len(self.text) :], special=not self.text)
+        if self.text:
+            new = self.generator.encode_continuation(whole[len(self.text) :])
+        else:
+            new = self.generator.encode(whole, special=not self.template)
         # The end token that closed the last reply is in the template's text as well.
         ended = self.ids.shape[1] > 0 and int(self.ids[0, -1]) in (self.generator.options["eos_token_id"] or [])
         asked = torch.cat([self.ids[:, :-1] if ended else self.ids, new], 1)

@@ -16,7 +16,9 @@ from tasks.runner.logs import setup_logging
 app = typer.Typer()
 Model = Annotated[
     str | None,
-    typer.Option(help="A model or delta directory, or a registered version: candidate, 3, name@alias, name/3."),
+    typer.Option(
+        help="A model (the teacher too) or delta directory, or a registered version: candidate, 3, name@alias, name/3."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")]
 

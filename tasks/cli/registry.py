@@ -13,7 +13,7 @@ from lolcats_common.project import find_root
 from tasks.runner.logs import setup_logging
 
 app = typer.Typer()
-Version = Annotated[str, typer.Argument(help="A number, or an alias such as challenger.")]
+Version = Annotated[str, typer.Argument(help="A number or an alias (challenger), alone or as name/3, name@challenger.")]
 
 
 def _project(level: int = logging.WARNING) -> tuple[Path, Params]:

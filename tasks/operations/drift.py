@@ -6,19 +6,21 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.packing import DocumentPacker
-from lolcats_core.data.records import Encoder, RecordError, detect_shape, segments_of
+from lolcats_core.data.records import Encoder, detect_shape, documents_of, read_record
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
+from lolcats_core.data.segments import RecordError
 from lolcats_core.data.sources import raw_records
 from lolcats_core.training.perplexity import perplexity
 from tasks.registry.promotion import CHAMPION
 from tasks.registry.versions import check_bytes, find_version, read_evaluation, stored_model
 from tasks.runner.mlflow_run import connect
+from tasks.runner.record_schemas import rejected_records
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,14 @@ def _rows(root: Path, data: DataParams, tokenizer: Any, vocab_size: int, limit: 
             if raw.fields is None:
                 continue
             try:
-                document = segments_of(
-                    raw.fields, cast(Any, detect_shape(raw.fields, data.format)), completion, tokenizer
-                )
+                shape = detect_shape(raw.fields, data.format)
+                record = read_record(raw.fields, shape)
+                if rejected_records([record], shape, data.max_record_bytes):
+                    continue
+                documents = documents_of(record, shape, completion, tokenizer)
             except (RecordError, UnicodeEncodeError):
                 continue
-            for tokens, targets in encoder.encode([document]):
+            for tokens, targets in encoder.encode(documents):
                 for row in packer.add(tokens, targets):
                     writer.append(**row)
         for row in packer.flush():

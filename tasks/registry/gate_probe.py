@@ -50,11 +50,12 @@ def measure(path: Path) -> dict[str, Any]:
     with torch.inference_mode():
         whole = model(ids, use_cache=False).logits
         scale = whole.abs().max().item() or 1.0
-        steps, cache = [], None
+        steps, cache = [], dict[str, Any]()
         started = time.perf_counter()
         for index in range(length):
-            out = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, index : index + 1], use_cache=True, **cache)
+            # Its name in this version of transformers.
+            cache = {name: out[name] for name in ("cache", "past_key_values") if name in out.keys()}  # noqa: SIM118
             steps.append(out.logits)
         seconds = time.perf_counter() - started
         recurrent = (torch.cat(steps, 1) - whole).abs().max().item() / scale

@@ -95,14 +95,26 @@ def alias_version(client: Any, name: str, alias: str) -> Any:
     return _ask(client.get_model_version_by_alias, name, alias)
 
 
+def split_name(name: str, which: str) -> tuple[str, str]:
+    """The model, `name` unless `which` says another, and the number or alias in `which`."""
+    for separator in "@/":
+        if separator in which:
+            model, _, wanted = which.partition(separator)
+            return model, wanted
+    return name, which
+
+
 def find_version(client: Any, name: str, which: str) -> Any:
-    """A version by number or alias.
+    """A version of `name` by number or alias: ``3``, ``candidate``, ``name/3`` or ``name@candidate``.
 
     Raises:
         Unavailable: the store does not answer.
-        UserError: there is none.
+        UserError: there is none, or it is another model's.
     """
-    found = _ask(client.get_model_version if which.isdigit() else client.get_model_version_by_alias, name, which)
+    model, wanted = split_name(name, which)
+    if model != name:
+        raise UserError(f"{which} is a version of {model}; this project's are of {name} (`register.name`)")
+    found = _ask(client.get_model_version if wanted.isdigit() else client.get_model_version_by_alias, name, wanted)
     if found is None:
         raise UserError(f"{name} has no version or alias {which!r}; `lolcats status` lists them")
     return found
@@ -150,11 +162,7 @@ def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
     """
     import mlflow.artifacts
 
-    wanted = which
-    if "@" in which:
-        name, _, wanted = which.partition("@")
-    elif "/" in which:
-        name, _, wanted = which.partition("/")
+    name, wanted = split_name(name, which)
     client = connect(root)
     try:
         version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lolcats_common.records import SIDES, Evaluation, Measured, Side
 from lolcats_common.tables import markdown_table, measured, number
+from lolcats_core.model.transformers_versions import REQUIREMENT
 
 # Parameters that decide the weights; the rest of params.yaml says where and how a run runs.
 RECIPE = ("seed", "data", "linearize", "transfer", "select", "finetune")
@@ -64,6 +65,7 @@ def model_card(facts: Facts) -> ModelCard:
         limits=list(limits(facts)),
         licence=_licence_note(facts),
         lineage=markdown_table(("what", "which"), _lineage(facts), align="left"),
+        transformers=REQUIREMENT,
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
     )
 

@@ -37,11 +37,13 @@ def check(params: Params, teacher: PreTrainedConfig) -> None:
     """Hold the parameters of every stage against the teacher's configuration; loads no weights.
 
     Raises:
-        UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row or a recall string is
-            longer than its context, segments meet packed documents or checkpointing, or a task does not exist.
+        UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row lies in the window, a row
+            or a recall string is longer than the teacher's context, segments meet packed documents or checkpointing,
+            or a task does not exist.
     """
     with torch.device("meta"):
         check_target_modules(empty_student(teacher, params.linearize), params.finetune)
+    params.linearize.check_length("`data.sequence_length`", params.data.sequence_length)
     budget_count(params.select, params.linearize, teacher)
     context = getattr(teacher, "max_position_embeddings", None)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 
-ROLES = ("system", "user", "assistant", "tool")
+from lolcats_core.data.conversations import ROLES
 
 
 def _is_text(value: Any) -> bool:
@@ -28,9 +28,13 @@ def _is_conversation(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value)
-        and any(m["content"].strip() for m in value)
+        and all(isinstance(m, dict) and m.get("role") in ROLES and _says_something(m) for m in value)
+        and any(m.get("content", "").strip() or "tool_calls" in m for m in value)
     )
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("content"), str) or ("content" not in message and "tool_calls" in message)
 
 
 def _text() -> pa.Column:
@@ -42,7 +46,7 @@ def _optional_text() -> pa.Column:
 
 
 def _conversation() -> pa.Column:
-    shape = f"is not a list of messages with a role of {', '.join(ROLES)} and text content"
+    shape = f"is not a list of messages with a role of {', '.join(ROLES)} and text content or tool_calls"
     return _column((_is_conversation, shape))
 
 
@@ -66,6 +70,7 @@ def rejected_records(records: Sequence[Mapping[str, Any]], shape: str, limit: in
     """Reasons of the records that do not satisfy their shape's schema, by index.
 
     Args:
+        records: of `lolcats_core.data.records.read_record`.
         limit: most bytes of UTF-8 that a record's text may have.
     """
     schema = RAW_SCHEMAS[shape]
@@ -73,7 +78,7 @@ def rejected_records(records: Sequence[Mapping[str, Any]], shape: str, limit: in
     reasons: dict[int, str] = {}
     # JSON can write a lone surrogate; UTF-8, the tokenizer and pandas cannot, so these never reach the schema.
     for index, record in enumerate(records):
-        bad = [name for name in names if not _is_unicode(record.get(name))]
+        bad = [name for name, value in record.items() if not _is_unicode(value)]
         if bad:
             reasons[index] = f"`{bad[0]}` is not valid Unicode (a lone surrogate)"
     held = [{} if index in reasons else record for index, record in enumerate(records)]
@@ -88,23 +93,29 @@ def rejected_records(records: Sequence[Mapping[str, Any]], shape: str, limit: in
         missing = [name for name in names if name not in record and name != "input"]
         if missing:
             reasons[index] = f"`{missing[0]}` is missing"
-        elif index not in reasons and (size := sum(_size(record[name]) for name in names if name in record)) > limit:
+        elif index not in reasons and (size := sum(len(text.encode()) for text in texts_in(record))) > limit:
             reasons[index] = f"{size} bytes, above `data.max_record_bytes` {limit}"
     return reasons
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text inside lists and the values of objects, however deep, in no particular order."""
+    held = [value]
+    while held:
+        one = held.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            held += one.values()
+        elif isinstance(one, list):
+            held += one
+
+
 def _is_unicode(value: Any) -> bool:
-    texts = [value]
-    if isinstance(value, list):
-        texts = [text for message in value if isinstance(message, dict) for text in message.values()]
     try:
-        return all(text.encode() is not None for text in texts if isinstance(text, str))
+        return all(text.encode() is not None for text in texts_in(value))
     except UnicodeEncodeError:
         return False
-
-
-def _size(value: Any) -> int:
-    return sum(len(m["content"].encode()) for m in value) if isinstance(value, list) else len((value or "").encode())
 
 
 def check_rows(row: Mapping[str, np.ndarray], vocab_size: int, length: int, below: int | None = None) -> None:

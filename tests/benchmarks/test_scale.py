@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def options(work: Path, **changes: object) -> argparse.Namespace:
-    values = {"tiny": True, "layers": 2, "rows": 8, "length": 64, "batch": 4, "device": "cpu", "profile": False}
+    values = {"tiny": True, "layers": 2, "rows": 8, "length": 160, "batch": 4, "device": "cpu", "profile": False}
     return argparse.Namespace(**{**values, "work": work, "row": work / "row.json", **changes})
 
 

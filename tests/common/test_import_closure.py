@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from lolcats_common.import_closure import import_closure
+from lolcats_core.model.modeling import LINEARIZED
 from lolcats_core.model.remote_code import write_code
 from tests.core.tiny import tiny_student
 
@@ -85,7 +86,7 @@ def test_nothing_that_modeling_uses_once_imported_lies_outside_its_closure() -> 
 
 
 def test_the_code_beside_a_saved_model_imports_only_what_is_beside_it(tmp_path: Path) -> None:
-    write_code(tmp_path, ["LolcatsLlamaForCausalLM"])
+    write_code(tmp_path, LINEARIZED["llama"])
     for file in tmp_path.iterdir():
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

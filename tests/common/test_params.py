@@ -90,7 +90,10 @@ def test_presets_for_llama3_and_mistral_ship() -> None:
         ({"transfer.epochs": 1.5}, r"`transfer\.epochs` must be a whole number, got 1\.5"),
         ({"transfer.enabled": "yes"}, r"`transfer\.enabled` must be true or false, got 'yes'"),
         ({"transfer.schedule": "step"}, r"`transfer\.schedule` must be one of .*, got 'step'"),
-        ({"linearize.window_size": 48}, r"`window_size` must be a power of two of at least 4, got 48"),
+        (
+            {"linearize.window_size": 48},
+            r"`window_size` must be a power of two of at least 4 or a multiple of 64, got 48",
+        ),
         ({"linearize.init_window_factor": 1.0}, r"`init_window_factor` must lie strictly between 0 and 1, got 1\.0"),
         ({"linearize.softmax_layers": 3}, r"`linearize\.softmax_layers` must be a list, got 3"),
         ({"linearize.softmax_layers": ["a"]}, r"`linearize\.softmax_layers\[0\]` must be a whole number, got 'a'"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -23,6 +24,18 @@ SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
 MIXED = LinearizeConfig(window_size=8, feature_dim=8, softmax_layers=(1,), softmax_heads={2: (1,)})
 # The same with a state of constant size.
 BOUNDED = dataclasses.replace(MIXED, softmax_window=10, softmax_sinks=3)
+# Two means of values, mixed; first tokens in every softmax, features of unrotated q and k.
+MIXTURE = dataclasses.replace(
+    MIXED,
+    feature_dim=4,
+    window_sinks=3,
+    combine="mixture",
+    feature_positions="unrotated",
+    k_map_per="kv_head",
+    linear_decay=0.9,
+)
+# Groups of one layer with windows of their own beside others that see everything or are linearized.
+RINGS = dataclasses.replace(MIXED, softmax_layers=(0,), softmax_windows={0: {0: 10}, 2: {1: 17}}, softmax_sinks=3)
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -56,6 +69,8 @@ def tiny_teacher(family: str = "llama", seed: int = 0, dtype: torch.dtype = torc
         values |= {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 12}
     torch.manual_seed(seed)
     model: PreTrainedModel = model_class(config_class(**values | changes))
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # before 5.19, transformers' default did not bound its scores
     return model.to(dtype).eval()
 
 
@@ -95,12 +110,14 @@ def padded(rows: Sequence[torch.Tensor], side: str) -> tuple[torch.Tensor, torch
     return ids, mask
 
 
-def tiny_tokenizer(chat: bool = True, eos: bool = True, bos: bool = False) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    chat: bool = True, eos: bool | str = True, bos: bool = False, specials: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE of 300 entries; every string has a lossless encoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+    special = ["<eos>", "<bos>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", *specials]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=special,
@@ -111,11 +128,38 @@ def tiny_tokenizer(chat: bool = True, eos: bool = True, bos: bool = False) -> Pr
     if bos:
         tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>" if eos else None, bos_token="<bos>" if bos else None
+        tokenizer_object=tokenizer,
+        eos_token=("<eos>" if eos is True else eos) or None,
+        bos_token="<bos>" if bos else None,
     )
     if chat:
         fast.chat_template = CHAT
     return fast
+
+
+def sentencepiece_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
+    """BPE over "▁" for spaces, as of Llama 2 and Mistral, which begins a text with one.
+
+    Args:
+        scheme: ``prepend`` (a normalizer), or Metaspace's ``first`` or ``always``.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    if scheme == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    trainer = trainers.BpeTrainer(
+        vocab_size=180,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=[*string.printable[:95], "\n", "▁"],
+        show_progress=False,
+    )
+    text = "Below is an instruction that describes a task Write a response name it The capital hi"
+    tokenizer.train_from_iterator(text.split(), trainer)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import random
@@ -15,14 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pandera.errors import SchemaError
+from transformers.utils import chat_template_utils
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, params_from_dict
+from lolcats_core.data.readers import RawRecord
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.data.sources import RawRecord
 from lolcats_core.teacher.pin import TeacherPin
 from tasks import prepare
 from tasks.runner.record_schemas import check_rows
+from tests.core.data.test_conversations import CALLING, TOOL_TEMPLATE, TOOLS
 from tests.core.tiny import tiny_tokenizer
 
 LENGTH = 32
@@ -169,6 +172,59 @@ def test_chat_records_are_laid_out_by_the_template(tmp_path: Path) -> None:
     assert "document" not in TOKENIZER.decode(batch["input_ids"][batch["loss_mask"]])
 
 
+def conversations(path: Path) -> set[str]:
+    """What follows each user's turn up to the next, in the rows of a split."""
+    rows = TokenRows.open(path)
+    stream = TOKENIZER.decode(rows.batch(np.arange(len(rows)))["input_ids"].flatten())
+    return set(stream.split("<|user|>")[1:-1])
+
+
+def test_rows_and_splits_of_chats_are_the_same_on_every_day_and_for_every_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ strftime_now('%d %b %Y') }}" + TOKENIZER.chat_template)
+    turns = [[{"role": "user", "content": t}, {"role": "assistant", "content": "fine"}] for t in texts(80)]
+    runs = {}
+    for name, (day, loss) in {"today": (1, "all"), "tomorrow": (2, "all"), "masked": (3, "completion")}.items():
+        clock = type("Clock", (), {"now": staticmethod(lambda day=day: datetime.date(2026, 1, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "data.jsonl", [{"messages": messages} for messages in turns])
+        runs[name] = run(tmp_path / name, loss_on=loss)[0].out
+        assert json.loads((runs[name] / "data.json").read_text())["chat_date"] == "2024-07-26"
+    for side in prepare.SPLITS:
+        assert len({TokenRows.open(runs[name] / side).digest for name in ("today", "tomorrow")}) == 1
+        assert conversations(runs["today"] / side) == conversations(runs["masked"] / side)
+    assert any("26 Jul 2024" in text for text in conversations(runs["today"] / "train"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tool_calls_and_their_definitions_are_in_the_rows_whatever_file_they_come_from(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", TOOL_TEMPLATE)
+    records = [{"messages": [{**CALLING[0], "content": t}, *CALLING[1:]], "tools": TOOLS} for t in texts(60)]
+    if kind == "jsonl":
+        null = {**CALLING[1], "content": None}
+        write(tmp_path / "data.jsonl", [{**r, "messages": [r["messages"][0], null, *CALLING[2:]]} for r in records])
+    else:  # one type for all objects: every message has `tool_calls`, the definitions have gaps
+        plain = {"messages": CALLING[::3], "tools": [{"type": "function", "function": {"name": "x", "strict": True}}]}
+        pq.write_table(pa.Table.from_pylist([*records, plain]), tmp_path / "data.parquet")
+    stage, metrics = run(
+        tmp_path, source=f"data.{kind}", loss_on="completion", packing="documents", sequence_length=512
+    )
+    assert metrics["records_rejected"] == 0
+    rows = TokenRows.open(stage.out / "train")
+    batch = rows.batch(np.arange(len(rows)))
+    text, learnt = (
+        TOKENIZER.decode(batch["input_ids"].flatten()),
+        TOKENIZER.decode(batch["input_ids"][batch["loss_mask"]]),
+    )
+    call = '<call>get_weather{"city": "Paris"}</call><|end|>'
+    assert text.count("get_weather: weather of a city") == text.count(call) == learnt.count(call) > 30
+    assert "None" not in text
+
+
 BAD: list[tuple[Any, str]] = [
     ({"text": ""}, "`text` is empty"),
     ({"text": "  \n"}, "`text` is empty"),
@@ -188,6 +244,12 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "`messages` is not valid Unicode"),
     ({"messages": [{"role": "user", "content": " "}]}, "`messages` is not a list of messages"),
     ({"messages": [{"role": "user"}]}, "`messages` is not a list of messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "`messages` is not a list of messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "a part of type input_audio"),
+    ({"messages": CALLING, "tools": "none"}, "`tools` is not a list of tool definitions"),
+    ({"messages": CALLING, "tools": TOOLS}, "the chat template leaves out `tools`"),
+    ({"messages": CALLING[::3], "tools": [{"name": "\ud800"}]}, "`tools` is not valid Unicode"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "`messages` is not a list of messages"),
     ({"text": "x" * 5000}, "above `data.max_record_bytes`"),
 ]
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lolcats_common.errors import UserError
 from lolcats_common.params import apply_overrides, params_from_dict, read_yaml
 from lolcats_core import attention_transfer, linearize, load_delta
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.model.modeling import named_map_parameters
 from lolcats_core.teacher.pin import Teacher, resolve_teacher, write_pin
+from tasks.runner import preflight
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +91,15 @@ def joint(root: Path) -> tuple[dict[str, torch.Tensor], float]:
     rows = [TokenRows.open(root / "outputs" / "prepare" / name) for name in ("train", "validation")]
     result = attention_transfer(student, *rows, params.transfer, scratch=root / "joint")
     return {name: p.detach() for name, p in named_map_parameters(student).items()}, result.best_loss
+
+
+def test_a_row_within_the_window_is_refused_before_anything_is_trained() -> None:
+    teacher: Any = SimpleNamespace(config=byte_teacher().config, context=None)
+    values = apply_overrides(read_yaml(ROOT / "params.yaml"), OVERRIDES)
+    preflight.check(params_from_dict(values), teacher)
+    wide = params_from_dict(apply_overrides(values, {"linearize.window_size": 16}))
+    with pytest.raises(UserError, match=r"`data\.sequence_length` must be above 32 tokens, .* 16 sees .*, got 32"):
+        preflight.check(wide, teacher)
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ def unsupported(q: Tensor, v: Tensor, weights: HybridWeights, config: HybridConf
     """The constraint that keeps a call from the fused kernels, or None."""
     if weights.decay is not None:
         return "a decay of the linear weights is computed by the chunked form alone"
+    if weights.share is not None or weights.frequencies is not None or config.window_sinks:
+        return "window sinks, unrotated features and the mixture are computed by the chunked form alone"
     columns = weights.w_q.shape[-1]
     size = config.window_size
     if q.dtype not in DTYPES:

@@ -27,6 +27,7 @@ _QKV = "Tensor q, Tensor k, Tensor v"
 _WEIGHTS = "Tensor w_q, Tensor w_k, Tensor window_factor, Tensor? linear_factor, Tensor? b_q, Tensor? b_k"
 _CONFIG = "float scale, float? softcap, str window, int window_size, str feature_map"
 _INPUTS = f"{_QKV}, {_WEIGHTS}, Tensor? cu_seqlens, Tensor? lengths, Tensor? s, Tensor? z, {_CONFIG}"
+STATE = ("s", "z", "ring_k", "ring_v", "length")
 WEIGHTS = ("w_q", "w_k", "window_factor", "linear_factor", "b_q", "b_k")
 
 
@@ -229,7 +230,7 @@ def _(q: Tensor, *_: Any) -> Tensor:
 
 def decode(q: Tensor, k: Tensor, v: Tensor, weights: HybridWeights, config: HybridConfig, state: HybridState) -> Tensor:
     """y [B, 1, H, D] of one new token of each sequence; `state` is updated in place."""
-    return _decode(q, k, v, *_tensors(weights), *vars(state).values(), *_settings(config))
+    return _decode(q, k, v, *_tensors(weights), *(getattr(state, name) for name in STATE), *_settings(config))
 
 
 class _Transfer(torch.autograd.Function):

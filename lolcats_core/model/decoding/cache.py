@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,13 +11,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lolcats_common.errors import UserError
-from lolcats_common.linearize_config import LinearizeConfig, local_layers, softmax_layers
+from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
 from lolcats_core.model.decoding.static_kv import StaticKVMixin
 from lolcats_kernels.hybrid_attention import HybridState
 
 _NO_CROP = (
-    "a linearized layer cannot forget tokens (its state is a sum over them); decoding that takes back tokens, such as"
-    " assisted or prompt-lookup decoding, needs a softmax model"
+    "a linearized layer cannot forget tokens (its state is a sum over them, and windows drop old tokens); decoding that"
+    " takes back tokens, such as assisted or prompt-lookup decoding, needs a softmax model"
 )
 
 
@@ -36,6 +37,8 @@ class BoundedLayer(SlidingLayer):
 
     `sinks` are the first tokens, or None before any or where the model has none; the attention function keeps them.
     """
+
+    is_croppable = False  # the sinks would stay
 
     def reset(self) -> None:
         super().reset()
@@ -58,14 +61,13 @@ class BoundedLayer(SlidingLayer):
             self.sinks = self.sinks.map(function)
 
 
-class HybridLayer(CacheLayerMixin):
-    """Cache of one linearized layer.
+class DividedLayer(CacheLayerMixin):
+    """Cache of a layer whose kv groups are cached apart.
 
-    The attention function reads and replaces `state` and appends to `softmax`; `update` only counts.
+    The attention function appends to each part; `update` only counts.
 
     Attributes:
-        state: of the linearized kv groups, or None before the first token.
-        softmax: keys and values of the kv groups that keep softmax attention, or None where none does.
+        kept: keys and values of the kv groups that keep softmax attention, a part for each window.
         length: number of cached tokens, padding included.
     """
 
@@ -74,10 +76,9 @@ class HybridLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, softmax: KeptLayer | None = None) -> None:
+    def __init__(self, kept: Sequence[KeptLayer] = ()) -> None:
         super().__init__()
-        self.state: HybridState | None = None
-        self.softmax = softmax
+        self.kept = tuple(kept)
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -98,28 +99,21 @@ class HybridLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.state, self.length = None, 0
-        if self.softmax is not None:
-            self.softmax.reset()
+        self.length = 0
+        for part in self.kept:
+            part.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-        if self.softmax is not None:
-            self.softmax.reorder_cache(beam_idx)
+        for part in self.kept:
+            part.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda tensor: tensor[indices])
-        if self.softmax is not None:
-            self.softmax.batch_select_indices(indices)
+        for part in self.kept:
+            part.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-        if self.softmax is not None:
-            self.softmax.batch_repeat_interleave(repeats)
-
-    def _map(self, function: Any) -> None:
-        if self.state is not None:
-            self.state = self.state.map(function)
+        for part in self.kept:
+            part.batch_repeat_interleave(repeats)
 
     def offload(self) -> None:
         raise UserError("a linearized layer's state is constant in size; offloading it is not supported")
@@ -128,19 +122,54 @@ class HybridLayer(CacheLayerMixin):
         raise UserError(_NO_CROP)
 
 
+class HybridLayer(DividedLayer):
+    """Cache of one linearized layer: besides, the `state` of its linearized kv groups, None before the first token.
+
+    The attention function reads and replaces the state.
+    """
+
+    def __init__(self, kept: Sequence[KeptLayer] = ()) -> None:
+        super().__init__(kept)
+        self.state: HybridState | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def _map(self, function: Any) -> None:
+        if self.state is not None:
+            self.state = self.state.map(function)
+
+
 class HybridCache(Cache):
-    """A `HybridLayer` for each linearized layer, and a `KeptLayer` for each layer or kv group that keeps softmax."""
+    """A `HybridLayer` for each linearized layer, and a `KeptLayer` for each layer or part of one that keeps softmax."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        settings, kept = LinearizeConfig.from_dict(config.linearize), softmax_layers(config)
+        settings, short, groups = LinearizeConfig.from_dict(config.linearize), local_layers(config), kv_heads(config)
         # Growing, or bounded by the layer's own sliding window.
-        layers: list[Any] = [_kept_layer(layer) for layer in DynamicCache(config=config).layers]
-        if settings.softmax_window is not None:
-            for i in {*settings.softmax_layers, *settings.softmax_heads} - {*local_layers(config)}:
-                layers[i] = BoundedLayer(settings.softmax_window)
-        for i, layer in enumerate(layers):
-            if i not in kept:
-                layers[i] = HybridLayer(layer if i in settings.softmax_heads else None)
+        layers: list[Any] = DynamicCache(config=config).layers
+        for i, own in enumerate(layers):
+            if i in short:
+                layers[i] = _kept_layer(own)
+                continue
+            parts = settings.softmax_parts(i, groups)
+            kept = [_kept_layer(own) if size is None else BoundedLayer(size) for size in parts]
+            if sum(map(len, parts.values())) < groups:
+                layers[i] = HybridLayer(kept)
+            else:
+                layers[i] = kept[0] if len(kept) == 1 else DividedLayer(kept)
         super().__init__(layers=layers)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -151,13 +180,13 @@ class HybridCache(Cache):
 
     def kept_layers(self) -> list[KeptLayer]:
         """The cache layers of kept layers and kv groups, in order."""
-        layers = (layer.softmax if isinstance(layer, HybridLayer) else layer for layer in cast(list[Any], self.layers))
-        return [layer for layer in layers if layer is not None]
+        layers = cast(list[Any], self.layers)
+        return [part for layer in layers for part in (layer.kept if isinstance(layer, DividedLayer) else (layer,))]
 
     def advance(self) -> None:
         """Count the token of a replayed step, which is in the states and the static storage already."""
         for layer in cast(list[Any], self.layers):
-            if isinstance(layer, HybridLayer):
+            if isinstance(layer, DividedLayer):
                 layer.length += 1
         for kept in self.kept_layers():
             kept.advance()
@@ -176,7 +205,7 @@ class HybridCache(Cache):
     def state_bytes(self) -> int:
         """Bytes of the linearized kv groups' states: constant in the number of tokens."""
         states = (layer.state for layer in self.layers if isinstance(layer, HybridLayer) and layer.state is not None)
-        return sum(_bytes(tensor) for state in states for tensor in vars(state).values())
+        return sum(_bytes(tensor) for state in states for tensor in state.tensors())
 
     def softmax_bytes(self) -> int:
         """Bytes of the keys and values of layers and kv groups that keep softmax attention."""

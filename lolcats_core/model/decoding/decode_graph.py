@@ -22,11 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
 from lolcats_core.model.forward_context import HybridContext
+from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
 
 # Arguments of a call that a replay can take; any other, such as labels or an observer, needs the model itself.
 _PLAIN = {
     "input_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "attention_mask",
     "position_ids",
     "use_cache",
@@ -39,11 +40,12 @@ _PLAIN = {
 def graphed_decoding(model: PreTrainedModel) -> Iterator[None]:
     """While this is open, `model`'s one-token steps replay a CUDA graph where they can; results are the same.
 
-    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models on a CPU run as they
-    did. Kept keys and values take up to half as much memory again (`static_kv`); where memory has run out, their steps
-    run as they did. The weights must not change meanwhile, and one thread at a time may call the model.
+    `generate` and direct calls with a `HybridCache` profit alike. Prefill, beam search and models that do not lie on
+    one GPU run as they did. Kept keys and values take up to half as much memory again (`static_kv`); where memory has
+    run out, their steps run as they did. The weights must not change meanwhile, and one thread at a time may call the
+    model.
     """
-    if model.device.type != "cuda":
+    if model.device.type != "cuda" or len({parameter.device for parameter in model.parameters()}) > 1:
         yield
         return
     steps, plain = _Steps(model), model.forward
@@ -87,26 +89,29 @@ class _Steps:
 
     def take(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call is a step that the graph can stand for, and not the first on these addresses."""
-        ids, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+        ids, cache, mask = kwargs.get("input_ids"), given_cache(kwargs), kwargs.get("attention_mask")
         passed = {name for name, value in kwargs.items() if value is not None and value is not False}
         if torch.is_grad_enabled() or not passed <= _PLAIN or ids is None or ids.shape[1] != 1:
             return False
         if not isinstance(cache, HybridCache) or (mask is not None and mask.dim() != 2):
             return False
         states = [layer.state for layer in cache.layers if isinstance(layer, HybridLayer)]
-        if not states or any(state is None for state in states):
+        if cache.get_seq_length() == 0 or any(state is None for state in states):
             return False
         if mask is not None:
             # Without waiting for the device; a new token that is padding would enter the state.
             torch._assert_async(mask[:, -1].all(), "a decoding step's tokens must not be padding")
-        key = (*ids.shape, *(tensor.data_ptr() for state in states for tensor in vars(state).values()))
+        key = (
+            *ids.shape,
+            *(tensor.data_ptr() for state in states for tensor in vars(state).values() if tensor is not None),
+        )
         # The first step compiles and warms up what the second records.
         again, self.last = key == self.last, key
         return again
 
     def prepare_static(self, kwargs: dict[str, Any]) -> bool:
         """Make the cache's kept layers static where they can be; whether all are, with a slot for the next token."""
-        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        cache, mask = given_cache(kwargs), kwargs.get("attention_mask")
         kept = cache.kept_layers()
         if all(layer.has_capacity(self.newest) for layer in kept):
             return True
@@ -123,11 +128,11 @@ class _Steps:
 
     def run(self, kwargs: dict[str, Any]) -> CausalLMOutputWithPast:
         """One step: `input_ids` [B, 1] → logits [B, 1, V]."""
-        ids, cache = kwargs["input_ids"], kwargs["past_key_values"]
-        state: Any = next(layer.state for layer in cache.layers if isinstance(layer, HybridLayer))
-        # Each sequence counts its own real tokens.
+        ids, cache = kwargs["input_ids"], given_cache(kwargs)
         positions = kwargs.get("position_ids")
-        positions = state.length[:, None] if positions is None else positions.expand(ids.shape)
+        if positions is None:
+            positions = self._positions(ids, cache, kwargs.get("attention_mask"))
+        positions = positions.expand(ids.shape)
         kept = cache.kept_layers()
         assert self.last is not None
         addresses = (*self.last, *(address for layer in kept for address in layer.addresses()))
@@ -135,7 +140,7 @@ class _Steps:
         if kept and addresses not in (self.captured, self.rehearsed):
             # The first step in new storage compiles what the second records.
             self.rehearsed = addresses
-            return CausalLMOutputWithPast(logits=self._step(ids, positions, cache), past_key_values=cache)
+            return _output(self._step(ids, positions, cache), cache)
         if addresses != self.captured:
             self._forget()
             self._capture(ids, positions, cache)
@@ -146,7 +151,15 @@ class _Steps:
             cache.advance()
         assert self.graph is not None
         self.graph.replay()
-        return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=cache)
+        return _output(self.logits.clone(), cache)
+
+    def _positions(self, ids: Tensor, cache: HybridCache, mask: Tensor | None) -> Tensor:
+        """[B, 1] of the new tokens: each sequence counts its own real tokens."""
+        for layer in cache.layers:
+            if isinstance(layer, HybridLayer):
+                assert layer.state is not None
+                return layer.state.length[:, None]
+        return torch.full_like(ids, cache.get_seq_length()) if mask is None else mask.sum(1, keepdim=True) - 1
 
     def _forget(self) -> None:
         """Free the graph and its memory."""
@@ -167,11 +180,14 @@ class _Steps:
         for static in storage:
             static.stepping = True
         try:
-            out = self.plain(
-                input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, hybrid=context
-            )
+            out = self.plain(input_ids=ids, position_ids=positions, use_cache=True, hybrid=context, **{CACHE: cache})
         finally:
             for static in storage:
                 static.stepping = False
         logits: Tensor = out.logits
         return logits
+
+
+def _output(logits: Tensor, cache: HybridCache) -> CausalLMOutputWithPast:
+    named: dict[str, Any] = {CACHE: cache}
+    return CausalLMOutputWithPast(logits=logits, **named)

@@ -112,7 +112,7 @@ class StaticKVMixin:
 
     def can_be_static(self) -> bool:
         """Whether static storage can hold what the layer has; asks the device whether all sinks are there."""
-        filled: bool = self.is_initialized  # type: ignore[attr-defined]
+        filled: bool = self.is_initialized
         return filled and (self.sinks is None or not bool((self.sinks.column == ABSENT).any()))
 
     def has_capacity(self, newest: Tensor) -> bool:
@@ -152,6 +152,12 @@ class StaticKVMixin:
         self.static_kv.length += 1
         if hasattr(self, "cumulative_length"):
             self.cumulative_length += 1
+
+    def reset(self) -> None:
+        """Forget all keys and values; before 5.18, transformers zeroes them and keeps their number."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As in transformers; in a static step, the new keys and values alone, which `step` stores."""

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lolcats_common.errors import UserError
-from lolcats_core.data.records import Encoder, RecordError, Segment, detect_shape, segments_of
+from lolcats_core.data.records import Encoder, detect_shape, documents_of
+from lolcats_core.data.segments import RecordError, Segment
 from tests.core.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -24,7 +25,7 @@ CHAT = [
 
 def split(fields: dict[str, Any], shape: Any, completion: bool) -> tuple[str, str]:
     """Decoded targets and decoded rest."""
-    tokens, targets = Encoder(TOKENIZER).encode([segments_of(fields, shape, completion, TOKENIZER)])[0]
+    tokens, targets = Encoder(TOKENIZER).encode(documents_of(fields, shape, completion, TOKENIZER))[0]
     chosen = [t for t, target in zip(tokens, targets, strict=True) if target]
     rest = [t for t, target in zip(tokens, targets, strict=True) if not target]
     return TOKENIZER.decode(chosen), TOKENIZER.decode(rest)
@@ -97,12 +98,12 @@ def test_the_shape_is_read_from_the_columns(fields: dict[str, Any], shape: str) 
 def test_unknown_columns_and_silent_assistants_are_reasons() -> None:
     with pytest.raises(RecordError, match="got body, title"):
         detect_shape({"title": "a", "body": "b"}, "auto")
-    with pytest.raises(RecordError, match="no message of the assistant"):
-        segments_of({"messages": CHAT[:2]}, "messages", True, TOKENIZER)
+    with pytest.raises(RecordError, match="no answer of the assistant"):
+        documents_of({"messages": CHAT[:2]}, "messages", True, TOKENIZER)
 
 
 def test_a_tokenizer_without_template_or_eos_is_refused() -> None:
     with pytest.raises(UserError, match="chat template"):
-        segments_of({"messages": CHAT}, "messages", False, tiny_tokenizer(chat=False))
+        documents_of({"messages": CHAT}, "messages", False, tiny_tokenizer(chat=False))
     with pytest.raises(UserError, match="no eos token"):
         Encoder(tiny_tokenizer(eos=False))

@@ -15,6 +15,7 @@ import torch
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import FinetuneParams, Params, TransferParams
+from lolcats_core.experiments import ablation
 from lolcats_core.experiments import trials as engine
 from lolcats_core.experiments.ablation import (
     Budget,
@@ -68,6 +69,12 @@ def test_the_grid_is_complete_and_the_other_trials_leave_the_published_recipe_in
     assert set(sets[-1]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     with pytest.raises(UserError, match=r"a section must be one of grid, .* got 'grids'"):
         check_sections(["lora_rank", "grids"])
+
+
+def test_windows_that_see_a_whole_row_are_no_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "run_trials", lambda found, *_: [{}] * len(found))
+    monkeypatch.setattr(ablation, "table_row", lambda trial, _: trial.linearize.window_size)
+    assert run(study(tmp_path), PARAMS, BUDGET, ["window_size"]) == [4, 8, 16]
 
 
 def test_ours_keeps_softmax_where_the_transfer_error_is_largest() -> None:

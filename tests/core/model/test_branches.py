@@ -22,7 +22,7 @@ BATCH = FakeRows(3).batch(range(3))
 
 
 def windows(model: Any) -> list[str]:
-    return [layer.feature_maps.operands(Scores(1.0))[1].window for layer in attention_layers(model)]
+    return [layer.feature_maps(Scores(1.0))[1].window for layer in attention_layers(model)]
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["plain", "adapted"])

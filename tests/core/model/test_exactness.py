@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lolcats_common.errors import UserError
 from lolcats_core import LinearizeConfig
+from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES
 from lolcats_core.model.modeling import linearize
-from tests.core.tiny import BOUNDED, MIXED, decode, padded, tiny_student, tiny_teacher, tokens
+from lolcats_core.model.transformers_versions import CACHE
+from tests.core.tiny import BOUNDED, MIXED, MIXTURE, RINGS, decode, padded, tiny_student, tiny_teacher, tokens
 
 WINDOWS = ("terraced", "sliding", "none")
+STUDENTS = {"mixed": MIXED, "bounded": BOUNDED, "rings": RINGS, "mixture": MIXTURE}
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
-settings = pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["mixed", "bounded"])
+settings = pytest.mark.parametrize("settings", STUDENTS.values(), ids=STUDENTS.keys())
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -23,9 +27,56 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @families
 @settings
+@pytest.mark.parametrize("filler", [0, 1, -1])
+@torch.no_grad()
+def test_packed_documents_in_padded_rows_equal_separate_documents(
+    family: str, settings: LinearizeConfig, filler: int
+) -> None:
+    """Two rows of documents with padding before, behind and between them; `filler` stands for positions at padding."""
+    model = tiny_student(family, settings)
+    documents = {n: tokens(1, n, seed=n)[0] for n in (25, 1, 15, 30, 9)}
+    pad = torch.zeros(4, dtype=torch.long)
+    rows = [[pad, documents[25], documents[1], documents[15]], [documents[30], pad, documents[9]]]
+    rows[1].append(torch.zeros(2, dtype=torch.long))
+    ids = torch.stack([torch.cat(row) for row in rows])
+    mask = ids != 0
+    places = [[torch.arange(25), torch.arange(1), torch.arange(15)], [torch.arange(30), torch.arange(9)]]
+    positions = torch.full_like(ids, filler)
+    for row, parts in enumerate(places):
+        positions[row, mask[row]] = torch.cat(parts)
+    if filler == -1:  # what counting on over padding gives
+        positions = torch.where(mask, positions, torch.arange(ids.shape[1]))
+    packed = model(ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits
+    for row, lengths in enumerate(((25, 1, 15), (30, 9))):
+        alone = [model(documents[n][None], use_cache=False).logits[0] for n in lengths]
+        close(packed[row][mask[row]], torch.cat(alone))
+
+
+@torch.no_grad()
+def test_left_padding_with_positions_is_no_second_document() -> None:
+    model, ids = tiny_student(), tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    out = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    assert out[CACHE] is not None
+    close(out.logits[0, 7:], model(ids[:1, 7:], use_cache=False).logits[0])
+
+
+@torch.no_grad()
+def test_packed_rows_and_a_cache_are_refused_together() -> None:
+    model, ids = tiny_student(), tokens(1, 30)
+    positions = torch.cat([torch.arange(10), torch.arange(20)])[None]
+    assert model(ids, position_ids=positions, use_cache=True).get(CACHE) is None
+    with pytest.raises(UserError, match="must be None with packed rows"):
+        model(ids, position_ids=positions, **{CACHE: HybridCache(model.config)})
+
+
+@families
+@settings
 @torch.no_grad()
 def test_prefill_at_any_split_and_steps_give_the_full_pass(family: str, settings: LinearizeConfig) -> None:
-    model, ids = tiny_student(family, settings), tokens(2, 41)
+    model, ids = tiny_student(family, settings, dtype=torch.float64), tokens(2, 41)
     full = model(ids, use_cache=False).logits
     for split in (1, 7, 8, 9, 15, 16, 17, 23, 24, 40):
         close(decode(model, ids, split), full)

@@ -228,7 +228,7 @@ def test_wrong_use_is_refused_in_one_line() -> None:
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(UserError, match=r"`attention_mask` of a linearized model must be \[B, S\]"):
         model(ids, attention_mask=torch.ones(1, 1, 9, 9))
-    with pytest.raises(UserError, match="attention is lolcats_hybrid, got 'sdpa'"):
+    with pytest.raises(UserError, match="must be lolcats_hybrid, got 'sdpa'"):
         model.set_attn_implementation("sdpa")
     cache = model(ids).past_key_values
     with pytest.raises(UserError, match="cannot forget tokens"):

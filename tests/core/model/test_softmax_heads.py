@@ -44,9 +44,10 @@ def test_a_division_is_undone_by_join() -> None:
     for kept in itertools.chain(itertools.combinations(range(4), 1), itertools.combinations(range(4), 3)):
         groups = KVGroups(4, kept)
         assert sorted((*groups.linear, *groups.softmax)) == [0, 1, 2, 3]
-        assert groups.take_softmax(x).shape == (2, 3, 2 * len(kept), 5)
-        assert torch.equal(groups.take_softmax(x)[:, :, :2], x[:, :, 2 * kept[0] : 2 * kept[0] + 2])
-        assert torch.equal(groups.join(groups.take_linear(x), groups.take_softmax(x)), x)
+        taken = groups.take(x, kept)
+        assert taken.shape == (2, 3, 2 * len(kept), 5)
+        assert torch.equal(taken[:, :, :2], x[:, :, 2 * kept[0] : 2 * kept[0] + 2])
+        assert torch.equal(groups.join((groups.linear, groups.take_linear(x)), (kept, taken)), x)
 
 
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
@@ -147,7 +148,7 @@ def test_kept_groups_keep_the_family_s_window_and_softcap(family: str) -> None:
     full = model(ids, use_cache=False).logits
     torch.testing.assert_close(decode(model, ids, 20), full, rtol=1e-5, atol=1e-5)
     cache = model(ids, use_cache=True).past_key_values
-    assert cache.layers[0].softmax.keys.shape == (2, 1, 11 if family == "mistral" else 50, 8)
+    assert cache.layers[0].kept[0].keys.shape == (2, 1, 11 if family == "mistral" else 50, 8)
 
 
 def test_kept_groups_contribute_nothing_to_attention_transfer() -> None:

@@ -15,7 +15,7 @@ import lolcats_core as lc
 from lolcats_common.params import ParamsError, TransferParams, params_from_dict
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
 from lolcats_core.training.attention_transfer import attention_transfer, calibrate, evaluate_transfer
-from lolcats_core.training.calibration import DECAYS, WINDOW_FACTORS, key_clusters
+from lolcats_core.training.calibration import DECAYS, OFFSETS, WINDOW_FACTORS, key_clusters
 from tests.core.tiny import SETTINGS, FakeRows, tiny_teacher
 
 CALIBRATED = dataclasses.replace(SETTINGS, feature_map_init="calibrated")
@@ -71,6 +71,7 @@ def test_it_starts_far_below_the_other_initial_values_on_real_text() -> None:
         {"softmax_heads": {0: (1,)}},
         {"linear_decay": 0.5},
         {"linear_decay": 0.5, "k_map_per": "kv_head", "window": "none"},
+        {"combine": "mixture", "linear_decay": 0.5, "feature_positions": "unrotated", "window_sinks": 2},
     ],
 )
 @pytest.mark.parametrize("documents", [False, True])
@@ -86,9 +87,13 @@ def test_every_kind_of_map_is_set_from_the_first_rows_that_training_sees(
         calibrate(model, rows, params, seed=3)
     for name, parameter in named_map_parameters(student).items():
         assert torch.equal(parameter, named_map_parameters(again)[name]), "the random draw must not matter"
-        changed = ".b_" not in name and not (settings.window == "none" and "window" in name)
+        untouched = (".b_", "share_query", "share_count", "share_match", "share_window")
+        changed = not any(each in name for each in untouched) and not (settings.window == "none" and "window" in name)
         assert torch.equal(parameter, before[name]) != changed, name
     for maps in feature_maps(student).values():
+        if maps.window_factor is None:
+            assert set(maps.share_offset.tolist()) <= {*OFFSETS}
+            continue
         factors = torch.tensor(WINDOW_FACTORS if settings.window != "none" else (0.1,))
         assert ((maps.window_factor.sigmoid()[:, None] - factors).abs().amin(1) < 1e-6).all()
         if maps.decay is not None:

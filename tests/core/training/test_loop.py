@@ -15,15 +15,21 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import FinetuneParams, TransferParams
 from lolcats_common.training_params import TrainingParams
-from lolcats_core.model.modeling import linearize, named_map_parameters
+from lolcats_core.model.modeling import empty_student, linearize, named_map_parameters
 from lolcats_core.training.attention_transfer import (
     attention_transfer,
     evaluate_transfer,
     holds_documents,
+    longest_document,
     transfer_losses,
 )
 from lolcats_core.training.loop import CHECKPOINT, learning_rate_scale, step_batches, total_steps, train
-from lolcats_core.training.low_rank_finetune import add_lora, low_rank_finetune, next_token_loss
+from lolcats_core.training.low_rank_finetune import (
+    add_lora,
+    check_target_modules,
+    low_rank_finetune,
+    next_token_loss,
+)
 from tests.core.tiny import FakeRows, tiny_teacher
 
 SETTINGS = LinearizeConfig(window_size=8, feature_dim=8)
@@ -135,6 +141,42 @@ def test_gradient_accumulation_equals_one_large_batch() -> None:
     for name, gradient in gradients[0].items():
         assert gradient is not None
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("segment", [None, 16])
+def test_a_step_is_a_mean_over_its_targets_however_it_is_divided_into_micro_batches(
+    segment: int | None, tmp_path: Path
+) -> None:
+    """Rows of 39 to 16 targets, and some without any."""
+
+    class Masked(FakeRows):
+        def batch(self, indices: Any) -> dict[str, torch.Tensor]:
+            first = torch.as_tensor(np.asarray(indices))[:, None]
+            mask = (torch.arange(self.sequence_length)[None] > first) & (first % 5 > 0)
+            return {**super().batch(indices), "loss_mask": mask}
+
+    def run(batch_size: int) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+        settings = FinetuneParams(
+            batch_size=batch_size,
+            gradient_accumulation=8 // batch_size,
+            epochs=1,
+            log_every=1,
+            lora_rank=2,
+            lr=1e-2,
+            segment_length=segment,
+        )
+        student, rows = linearize(tiny_teacher(dtype=torch.float64), SETTINGS), Masked(24)
+        scratch = tmp_path / str(batch_size)
+        model, result = low_rank_finetune(student, rows, rows, settings, scratch=scratch)
+        logged = [(entry["train_loss"], entry["grad_norm"]) for entry in result.history if "train_loss" in entry]
+        return logged, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected, weights = run(8)
+    for size in (4, 1):
+        logged, found = run(size)
+        np.testing.assert_allclose(logged, expected, rtol=1e-4)
+        for name, value in weights.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_packed_documents_transfer_as_separate_documents() -> None:
@@ -321,6 +363,49 @@ def test_no_rows_or_nothing_to_train_is_refused(tmp_path: Path) -> None:
         attention_transfer(student, FakeRows(0), FakeRows(4), params(), scratch=tmp_path)
 
 
+@pytest.mark.parametrize(("window", "size"), [("terraced", 32), ("sliding", 64), ("none", 4)])
+def test_rows_that_the_window_sees_whole_have_nothing_linear_and_are_refused(
+    window: Any, size: int, tmp_path: Path
+) -> None:
+    settings = LinearizeConfig(window=window, window_size=size, feature_dim=8)
+    for length, refused in ((64, window != "none"), (65, False)):
+        student, rows = linearize(tiny_teacher(), settings), FakeRows(4, length=length)
+        loss = transfer_losses(student, rows.batch(range(4)), params())["loss"].item()
+        assert (loss < 1e-6) == refused
+        if refused:
+            with pytest.raises(UserError, match=rf"`data\.sequence_length` must be above 64 .*size` {size} .*got 64"):
+                attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path)
+        else:
+            attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path / str(length))
+
+
+def test_documents_that_the_window_sees_whole_are_refused_whatever_fills_their_rows(tmp_path: Path) -> None:
+    rows = FakeRows(4, length=60, documents=True)  # of 20 and 40 tokens
+    student = linearize(tiny_teacher(), LinearizeConfig(window="sliding", window_size=32, feature_dim=8))
+    attention_transfer(student, rows, rows, params(max_steps=1), scratch=tmp_path)
+    student = linearize(tiny_teacher(), LinearizeConfig(window_size=32, feature_dim=8))
+    with pytest.raises(UserError, match=r"with `data\.packing: documents`\) must be above 64 tokens"):
+        attention_transfer(student, FakeRows(4, length=90, documents=True), rows, params(), scratch=tmp_path)
+    assert longest_document(rows, 1) == longest_document(rows, 99) == 40
+
+    class Filled(FakeRows):
+        def batch(self, indices: Any) -> dict[str, torch.Tensor]:
+            batch = super().batch(indices)
+            return {**batch, "loss_mask": torch.arange(self.sequence_length).expand(len(batch["input_ids"]), -1) < 20}
+
+    assert longest_document(Filled(4, length=60, documents=True), 99) == 20
+
+
 def test_unknown_target_modules_are_named_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"the model has no 'c_attn'; it has .*q_proj"):
         add_lora(linearize(tiny_teacher(), SETTINGS), FinetuneParams(target_modules=("c_attn",)), seed=0)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_an_output_embedding_that_is_the_input_embedding_is_no_target(meta: bool) -> None:
+    teacher, wanted = tiny_teacher(tie_word_embeddings=True), FinetuneParams(target_modules=("q_proj", "lm_head"))
+    with torch.device("meta" if meta else "cpu"):
+        student = empty_student(teacher.config, SETTINGS) if meta else linearize(teacher, SETTINGS)
+    with pytest.raises(UserError, match=r"must leave 'lm_head' alone, which this teacher ties .*it may name .*q_proj"):
+        check_target_modules(student, wanted)
+    check_target_modules(linearize(tiny_teacher(), SETTINGS), wanted)

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import lolcats_core as lc
 from tasks.cli.generation import Conversation, Generator, chat, stream
-from tests.core.tiny import tiny_tokenizer
+from tests.core.tiny import sentencepiece_tokenizer, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same tiny model with a chat template (chat) and without (plain)."""
+    """The same tiny model with a chat template (chat) and without (plain), and its teachers with softmax attention.
+
+    `sliding` sees a window of 12 tokens.
+    """
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -31,10 +34,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
         eos_token_id=5,
     )
-    student = lc.linearize(LlamaForCausalLM(shape), lc.LinearizeConfig(window_size=8, feature_dim=8))
-    for name in ("chat", "plain"):
-        student.save_pretrained(root / name)
-        tiny_tokenizer(chat=name == "chat").save_pretrained(root / name)
+    teacher = LlamaForCausalLM(shape)
+    student = lc.linearize(teacher, lc.LinearizeConfig(window_size=8, feature_dim=8))
+    sliding = MistralForCausalLM(MistralConfig(**{**shape.to_dict(), "sliding_window": 12}))
+    for name, model in (("chat", student), ("plain", student), ("teacher", teacher), ("sliding", sliding)):
+        model.save_pretrained(root / name)
+        tiny_tokenizer(chat=name != "plain").save_pretrained(root / name)
     return root
 
 
@@ -43,7 +48,7 @@ def say(path: Path, text: str, monkeypatch: pytest.MonkeyPatch, **options: Any) 
     chat(path, **{"max_new_tokens": 12, "temperature": 0.0, **options})
 
 
-@pytest.mark.parametrize("name", ["chat", "plain"])
+@pytest.mark.parametrize("name", ["chat", "plain", "teacher", "sliding"])
 def test_every_reply_is_what_the_whole_conversation_read_anew_gives(
     name: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +74,16 @@ def test_every_reply_is_what_the_whole_conversation_read_anew_gives(
         assert torch.equal(plain.generate(asked[-1], use_cache=False, **generator.options), conversation.ids)
         # Each token is read once: the last of a reply with the next line.
         assert sum(read) == conversation.ids.shape[1] - 1 - seen
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
+def test_a_line_is_given_no_space_that_the_text_does_not_have(scheme: str, models: Path) -> None:
+    generator = Generator(models / "plain", 5, 0.0)
+    for tokenizer in (sentencepiece_tokenizer(scheme), generator.tokenizer):
+        generator.tokenizer = tokenizer
+        for new in ("The capital", "\nThe", "\n\nThe", " The"):
+            whole = torch.cat([generator.encode("name it", special=False), generator.encode_continuation(new)], 1)
+            assert tokenizer.decode(whole[0]) == "name it" + new
 
 
 def test_the_template_is_kept_over_turns(models: Path) -> None:

@@ -122,6 +122,16 @@ def test_what_cannot_serve_is_refused_in_one_line(finished: Path) -> None:
         run_gates(finished, NAME, UNPROBED, first)
 
 
+def test_every_command_takes_a_version_by_number_alias_or_with_its_name(finished: Path) -> None:
+    number = add(finished, "m1")
+    client = connect(finished)
+    for which in (number, "candidate", f"{NAME}/{number}", f"{NAME}@candidate"):
+        assert versions.find_version(client, NAME, which).version == int(number)
+        assert versions.version_files(finished, NAME, which)[0].version == int(number)
+    with pytest.raises(UserError, match=f"other/1 is a version of other; this project's are of {NAME}"):
+        promote(finished, NAME, "other/1")
+
+
 @pytest.mark.parametrize("calls", [0, 1, 2])
 def test_a_rollback_that_was_cut_short_is_completed_by_whoever_comes_next(
     finished: Path, monkeypatch: pytest.MonkeyPatch, calls: int

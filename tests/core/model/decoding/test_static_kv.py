@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,10 +12,10 @@ import pytest
 import torch
 
 from lolcats_core.model.decoding import static_kv
-from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
+from lolcats_core.model.decoding.cache import DividedLayer, HybridCache, HybridLayer
 from lolcats_core.model.decoding.decode_graph import _Steps
 from lolcats_core.model.families import FAMILIES
-from tests.core.tiny import BOUNDED, MIXED, padded, tiny_student, tokens
+from tests.core.tiny import BOUNDED, MIXED, RINGS, padded, tiny_student, tokens
 
 
 class Replay:
@@ -24,7 +25,7 @@ class Replay:
         self.steps, self.cache = steps, cache
 
     def replay(self) -> None:
-        counters = [(x, "length") for x in self.cache.layers if isinstance(x, HybridLayer)]
+        counters = [(x, "length") for x in self.cache.layers if isinstance(x, DividedLayer)]
         counters += [(kept.static_kv, "length") for kept in self.cache.kept_layers()]
         counters += [(x, "cumulative_length") for x in self.cache.kept_layers() if hasattr(x, "cumulative_length")]
         before = [getattr(*counter) for counter in counters]
@@ -79,7 +80,7 @@ def decoded(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, split: int
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
+@pytest.mark.parametrize("settings", [MIXED, BOUNDED, RINGS], ids=["growing", "bounded", "rings"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
 def test_static_steps_have_the_logits_of_plain_decoding(
@@ -96,7 +97,7 @@ def test_static_steps_have_the_logits_of_plain_decoding(
     assert steps.captures == (1 if settings is BOUNDED else 3)
 
 
-@pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
+@pytest.mark.parametrize("settings", [MIXED, BOUNDED, RINGS], ids=["growing", "bounded", "rings"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_before_the_steps_is_never_seen(settings: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ def repeated(cache: HybridCache) -> None:
     cache.batch_select_indices(torch.tensor([3, 0]))
 
 
-@pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
+@pytest.mark.parametrize("settings", [MIXED, BOUNDED, RINGS], ids=["growing", "bounded", "rings"])
 @pytest.mark.parametrize("change", [reordered, repeated, HybridCache.detach])
 @torch.no_grad()
 def test_whatever_changes_the_cache_makes_it_dynamic_with_all_that_was_stored(settings: Any, change: Any) -> None:
@@ -167,7 +168,7 @@ def test_text_between_steps_sees_what_was_stored_and_steps_go_on_in_new_storage(
     torch.testing.assert_close(model(ids[:, :9], past_key_values=cache).logits, expected[:, :9], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [MIXED, BOUNDED], ids=["growing", "bounded"])
+@pytest.mark.parametrize("settings", [MIXED, BOUNDED, RINGS], ids=["growing", "bounded", "rings"])
 @torch.no_grad()
 def test_a_copied_cache_gets_storage_of_its_own_even_at_the_addresses_of_another(settings: Any) -> None:
     model, ids = tiny_student(settings=settings), tokens(2, 60)
@@ -205,3 +206,21 @@ def test_without_memory_for_static_storage_steps_run_as_they_did(monkeypatch: py
     found = decoded(model, ids, None, 20, steps)
     torch.testing.assert_close(found, decoded(model, ids, None, 20, None), rtol=1e-4, atol=1e-4)
     assert (steps.replayed, len(entered)) == (0, 2)
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@torch.no_grad()
+def test_a_model_without_any_linear_layer_steps_in_static_storage(padding: str | None) -> None:
+    """Rings alone: there is no state that tells a step's addresses or its positions."""
+    settings = dataclasses.replace(RINGS, softmax_layers=(0, 1, 2), softmax_heads={})
+    settings = dataclasses.replace(settings, softmax_windows={0: {0: 10}, 1: {0: 8, 1: 8}, 2: {1: 17}})
+    model, ids, mask = tiny_student(settings=settings), tokens(2, 60), None
+    if padding is not None:
+        ids, mask = padded([tokens(1, 60, seed=1), tokens(1, 50, seed=2)], padding)
+    steps = Steps(model)
+    for _ in range(2):
+        found = decoded(model, ids, mask, 20, steps)
+        expected = decoded(model, ids, mask, 20, None)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert steps.replayed >= 2 * 39

@@ -1,0 +1,256 @@
+"""Records of one file of each kind that can be read, one at a time in bounded memory.
+
+A record that cannot be read is handed on with its reason instead of ending the run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from lolcats_common.errors import UserError
+
+TEXT_SUFFIXES = (".txt", ".py", ".md")
+_JSON = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
+SUFFIXES = (*_JSON, ".parquet", *TEXT_SUFFIXES)
+COLUMNS = (
+    *("text", "instruction", "input", "output", "history", "system"),
+    *("messages", "conversations", "tools", "functions"),
+)
+# Text that Windows programs write begins with a byte order mark, which is no part of it.
+UTF8 = "utf-8-sig"
+_LONG_TEXT = 1 << 16  # bytes from which a .txt file is cut into documents
+_CHUNK = 1 << 20  # bytes that are read at a time
+_ROWS, _ROW_BYTES = 64, 1 << 22  # of a Parquet file: most rows at a time, and bytes of them
+# What means something in JSON outside a string, and inside one.
+_OUTSIDE, _INSIDE = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record: where it stands and its fields, or the reason why it could not be read."""
+
+    where: str
+    fields: dict[str, Any] | None = None
+    reason: str | None = None
+
+
+def suffix_of(file: Path) -> str | None:
+    """The one of `SUFFIXES` that the file's name ends in, if any."""
+    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), None)
+
+
+def file_records(file: Path, where: str, limit: int) -> Iterator[RawRecord]:
+    """Every record of a file whose suffix is known, in order.
+
+    Args:
+        where: what a text file, which is one record, is called.
+        limit: most bytes of a record.
+
+    Raises:
+        UserError: the file is damaged.
+        OSError: it cannot be read.
+    """
+    suffix = suffix_of(file)
+    if suffix == ".parquet":
+        yield from _parquet_records(file)
+    elif suffix in _JSON:
+        yield from _json_records(file, limit)
+    elif suffix == ".txt" and file.stat().st_size > _LONG_TEXT:
+        yield from _text_parts(file)
+    else:
+        yield text_record(file, where, limit)
+
+
+def _text_parts(file: Path) -> Iterator[RawRecord]:
+    """A long text in documents of 32 to 64 KiB that end at an empty line; where there is none, at any line's end."""
+    with file.open("rb") as stream:
+        start, held = 0, b""
+        while chunk := stream.read(_LONG_TEXT - len(held)):
+            held += chunk
+            cut = len(held) if len(held) < _LONG_TEXT else _cut(held)
+            yield _decoded(f"{file.name}:byte {start}", held[:cut])
+            start, held = start + cut, held[cut:]
+        if held:
+            yield _decoded(f"{file.name}:byte {start}", held)
+
+
+def _cut(data: bytes) -> int:
+    """Where the first document of `data` ends: in the second half, and never inside a UTF-8 character."""
+    half = len(data) // 2
+    for end in (b"\n\n", b"\n"):
+        if (found := data.rfind(end, half)) >= 0:
+            return found + len(end)
+    cut = len(data) - 1
+    while cut > len(data) - 4 and data[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut
+
+
+def _decoded(where: str, data: bytes) -> RawRecord:
+    try:
+        return RawRecord(where, {"text": data.decode(UTF8)})
+    except UnicodeDecodeError as error:
+        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
+
+
+def text_record(file: Path, where: str, limit: int) -> RawRecord:
+    """A whole file as one text, called `where`, or the reason why it is none; `limit`: most bytes of it."""
+    try:
+        size = file.stat().st_size
+        if size > limit:
+            return RawRecord(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
+        return RawRecord(where, {"text": file.read_text(encoding=UTF8)})
+    except UnicodeDecodeError as error:
+        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
+    except OSError as error:
+        return RawRecord(where, reason=f"cannot be read: {error.strerror}")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_records(file: Path, limit: int) -> Iterator[RawRecord]:
+    """One record a line (.jsonl), or the elements of an array or a row of objects however they are laid out (.json)."""
+    entries = _lines if str(suffix_of(file)).startswith(".jsonl") else _values
+    try:
+        with _opened(file) as stream:
+            for number, entry in enumerate(entries(stream, limit), 1):
+                if entry is None:
+                    yield RawRecord(f"{file.name}:{number}", reason=f"longer than `data.max_record_bytes` {limit}")
+                elif entry.strip():
+                    yield _json_record(f"{file.name}:{number}", entry)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"`data.source`: {file} is damaged: {error}") from None
+
+
+def _json_record(where: str, entry: bytes) -> RawRecord:
+    try:
+        value = json.loads(entry.decode(UTF8), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return RawRecord(where, reason=f"not valid JSON: {error}")
+    if not isinstance(value, dict):
+        return RawRecord(where, reason=f"not an object but {type(value).__name__}")
+    return RawRecord(where, value)
+
+
+def _opened(file: Path) -> IO[bytes]:
+    if file.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(file))
+    if file.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(cast(Any, pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")), _CHUNK)
+    return file.open("rb")
+
+
+def _lines(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
+    """Every line; None for one of more than `limit` bytes."""
+    while line := stream.readline(limit + 2):
+        if len(line) > limit + 1 or (len(line) == limit + 1 and not line.endswith(b"\n")):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(limit)
+            yield None
+        else:
+            yield line
+
+
+def _values(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
+    """The elements of a JSON array, or objects one after another, uninterpreted; None for one of over `limit` bytes.
+
+    Only brackets and strings are followed, so that no more than one element is held.
+
+    Raises:
+        EOFError: the file ends inside one.
+    """
+    chunk = stream.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    array = chunk[:1] == b"["
+    value, over = bytearray(), False
+    depth, at, quoted = 0, 0, False
+
+    def ended(part: bytes) -> bytes | None:
+        nonlocal value, over
+        whole = bytes(value + part)
+        result = None if over or len(whole) > limit else whole
+        value, over = bytearray(), False
+        return result
+
+    while chunk:
+        start = 0
+        while found := (_INSIDE if quoted else _OUTSIDE).search(chunk, at):
+            at, mark = found.end(), found.group()
+            if mark == b"\\":
+                at += 1  # what follows is no end of the string, be it in the next chunk
+            elif mark == b'"':
+                quoted = not quoted
+            elif mark in (b"[", b"{"):
+                depth += 1
+                if array and depth == 1:
+                    start = at
+            elif mark in (b"]", b"}"):
+                depth = max(0, depth - 1)
+                if depth == 0:
+                    entry = ended(chunk[start : found.start() if array else at])
+                    start = at
+                    if entry is None or entry.strip():
+                        yield entry
+            elif array and depth == 1:
+                yield ended(chunk[start : found.start()])
+                start = at
+        value += chunk[start:]
+        if len(value) > limit:
+            value, over = bytearray(), True
+        at = max(0, at - len(chunk))
+        chunk = stream.read(_CHUNK)
+    if quoted or depth:
+        raise EOFError("the JSON in it does not end")
+    if over or value.strip():
+        yield ended(b"")
+
+
+def _parquet_records(file: Path) -> Iterator[RawRecord]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        # With a buffer of its own a column is read piece by piece, otherwise a whole row group at once.
+        parquet = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False)
+        groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
+        largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
+        rows = min(_ROWS, max(1, _ROW_BYTES // max(largest, 1)))
+        columns = [name for name in parquet.schema_arrow.names if name in COLUMNS] or None
+        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+            for index in range(batch.num_rows):
+                number += 1
+                where = f"{file.name}:{number}"
+                try:
+                    yield RawRecord(where, without_gaps(batch.slice(index, 1).to_pylist()[0]))
+                except UnicodeDecodeError as error:
+                    yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
+
+
+def without_gaps(fields: dict[str, Any]) -> dict[str, Any]:
+    """A table's record without the keys of nested objects that it does not have.
+
+    A column of objects has one type, so each of them has every key that any has, with nothing in those it lacks.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, list):
+            return [kept(one) for one in value]
+        return {key: kept(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    return {name: kept(value) for name, value in fields.items()}

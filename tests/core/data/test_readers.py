@@ -1,0 +1,173 @@
+"""Every kind of file gives the records that are in it, in bounded memory, and says what it cannot read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lolcats_common.errors import UserError
+from lolcats_common.params import DataParams
+from lolcats_core.data import readers
+from lolcats_core.data.readers import file_records
+from lolcats_core.data.sources import raw_records
+
+LIMIT = 4_000_000
+RECORDS: list[dict[str, Any]] = [
+    {"text": 'a "quoted" [text], {with} \\ all\nof it'},
+    {"messages": [{"role": "user", "content": "é [1, 2]"}, {"role": "assistant", "content": "}{"}]},
+    {"text": "", "nested": {"a": [[], {}, [{"b": None}]]}},
+]
+LAYOUTS: dict[str, Callable[[list[Any]], str]] = {
+    "array": json.dumps,
+    "indented array": lambda records: json.dumps(records, indent=2, ensure_ascii=False),
+    "objects after one another": lambda records: "".join(json.dumps(r, indent=1) for r in records),
+    "lines": lambda records: "".join(json.dumps(r) + "\n" for r in records),
+    "empty lines around": lambda records: "\n\n " + json.dumps(records) + "\n\n",
+}
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
+
+
+def read(file: Path, limit: int = LIMIT) -> list[dict[str, Any] | str | None]:
+    return [raw.fields if raw.reason is None else raw.reason for raw in file_records(file, file.name, limit)]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_json_is_read_however_it_is_laid_out_and_packed(layout: str, mark: bytes, packed: str, tmp_path: Path) -> None:
+    file = tmp_path / f"data.json{packed}"
+    file.write_bytes(PACKED[packed](mark + LAYOUTS[layout](RECORDS).encode()))
+    assert read(file) == RECORDS
+    if layout == "lines":
+        assert read(file.rename(tmp_path / f"data.jsonl{packed}")) == RECORDS
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab"\\[]{},'), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.dictionaries(st.text('ab\\"'), values, max_size=3), max_size=5), st.integers(1, 40), st.booleans())
+def test_elements_are_found_wherever_the_pieces_that_are_read_end(
+    tmp_path: Path, records: list[dict[str, Any]], size: int, ascii_only: bool
+) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records, ensure_ascii=ascii_only), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(readers, "_CHUNK", size)
+        assert read(file) == records
+
+
+def test_elements_that_are_broken_or_too_long_cost_themselves_alone(tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text('[{"text": "a"}, {"text": b}, 3, [4], {"text": "' + "x" * 300 + '"}, {"text": NaN}, {"text": "c"}]')
+    found = read(file, 100)
+    assert [found[0], found[-1]] == [{"text": "a"}, {"text": "c"}]
+    reasons = [str(reason).split(":")[0] for reason in found[1:-1]]
+    long = "longer than `data.max_record_bytes` 100"
+    assert reasons == ["not valid JSON", "not an object but int", "not an object but list", long, "not valid JSON"]
+    file.write_text('nothing [} of "JSON"} {"text": "d"}')
+    assert read(file)[-1] == {"text": "d"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl.gz", ".jsonl.zst"])
+def test_a_file_that_is_cut_off_or_of_another_kind_is_damaged(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"data{suffix}"
+    whole = PACKED[file.suffix if file.suffix in PACKED else ""](
+        json.dumps([{"text": os.urandom(2000).hex()}]).encode()
+    )
+    contents = [whole[: len(whole) // 2], b"nothing of the kind"]
+    for content in contents if suffix != ".json" else contents[:1]:
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"data\{suffix} (is damaged|cannot be read): ") as caught:
+            list(raw_records(DataParams(source=file.name), tmp_path))
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_large_array_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_CHUNK", 1 << 16)
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "x" * 10_000}] * 2000))
+    tracemalloc.start()
+    assert sum(1 for _ in file_records(tmp_path / "x.json", "x", LIMIT)) == 2000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000 < (tmp_path / "x.json").stat().st_size / 10
+
+
+def test_one_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    texts = [os.urandom(2000).hex() for _ in range(16_000)]
+    chats = [[{"role": "user", "content": text[:2000]}] for text in texts]
+    pq.write_table(pa.table({"text": texts, "messages": chats, "more": texts}), tmp_path / "x.parquet")
+    del texts, chats
+    assert pq.ParquetFile(tmp_path / "x.parquet").num_row_groups == 1
+    before, peak, count = pa.total_allocated_bytes(), 0, 0
+    for _ in file_records(tmp_path / "x.parquet", "x", LIMIT):
+        count, peak = count + 1, max(peak, pa.total_allocated_bytes() - before)
+    assert count == 16_000
+    assert peak < 25_000_000 < (tmp_path / "x.parquet").stat().st_size / 2
+
+
+def test_large_rows_of_a_table_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_ROW_BYTES", 20_000)
+    texts = [os.urandom(5000).hex() for _ in range(20)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
+    sizes: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def counted(self: Any, batch_size: int, **options: Any) -> Any:
+        sizes.append(batch_size)
+        return original(self, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    assert read(tmp_path / "x.parquet") == [{"text": text} for text in texts]
+    assert sizes == [1]
+
+
+def test_objects_of_a_table_have_no_keys_that_they_lack(tmp_path: Path) -> None:
+    records = [
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f", "parameters": {"a": {"type": "x"}}}]},
+        {
+            "messages": [{"role": "assistant", "tool_calls": [{"id": 1}]}],
+            "tools": [{"name": "g", "parameters": {"b": 1}}],
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist([*records, {"messages": None, "tools": []}]), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == [*records, {"messages": None, "tools": []}]
+
+
+@pytest.mark.parametrize(
+    ("files", "records"),
+    [
+        ({"a.json": [{"text": "json"}], "README.md": "about", "LICENSE.txt": "free"}, ["json"]),
+        ({"a.json": [{"text": "json"}], "a.txt": "text"}, ["text"]),
+        ({"a.json": [{"text": "json"}], "notes.md": "text"}, ["text"]),
+        ({"a.json": [{"text": "json"}], "b.jsonl": [{"text": "line"}], "a.txt": "text"}, ["line"]),
+        ({"README.md": "about"}, ["about"]),
+    ],
+)
+def test_of_a_directory_the_files_that_are_records_are_read(
+    files: dict[str, Any], records: list[str], tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else "".join(json.dumps(record) + "\n" for record in content)
+        (tmp_path / name).write_text(text)
+    found = [raw.fields["text"] for raw in raw_records(DataParams(source="."), tmp_path) if raw.fields]
+    assert found == records
