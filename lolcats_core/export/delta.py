@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, write_json
 from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.sources import source_path
 from lolcats_core.model.families import PREFIX
 from lolcats_core.model.map_files import check_settings
 from lolcats_core.model.modeling import linearize, tied_head
@@ -203,7 +204,7 @@ def load_delta(
 
 def _pinned(folder: Path, delta: Delta) -> Path:
     """The directory of the base that the delta names."""
-    if delta.base.kind == "directory" and not Path(delta.base.source).expanduser().is_dir():
+    if delta.base.kind == "directory" and not source_path(delta.base.source, Path.cwd()).is_dir():
         raise UserError(
             f"{folder} belongs on {_name(delta)}, which is not at that path here; give its directory as `base`"
         )

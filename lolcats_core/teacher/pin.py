@@ -18,7 +18,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, sha256_json, write_json
 from lolcats_common.params import TeacherParams
 from lolcats_common.progress import progress
-from lolcats_common.sources import find_teacher
+from lolcats_common.sources import find_teacher, source_path
 from lolcats_core.teacher import hub
 from lolcats_core.teacher.checks import (
     INDEX,
@@ -127,7 +127,7 @@ def locate(pin: TeacherPin, root: Path) -> Path:
         return BUILTIN
     if pin.kind == "hub":
         return hub.snapshot(pin.source, str(pin.revision), sorted(pin.files))
-    folder = root / Path(pin.source).expanduser()
+    folder = source_path(pin.source, root)
     if not folder.is_dir():
         raise UserError(f"teacher {pin.source}: the directory is gone; put it back or change `teacher.source`")
     return folder

@@ -15,6 +15,7 @@ import lolcats_core  # noqa: F401  (registers the model type)
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, read_json
 from lolcats_common.params import load_params, read_yaml
+from lolcats_common.sources import source_path
 from lolcats_core.export.delta import ADAPTER, ADAPTER_CONFIG, DELTA, read_delta
 from tasks.registry import register
 from tasks.registry.versions import ARTIFACTS, version_files
@@ -118,7 +119,7 @@ def _licence(root: Path, teacher: Mapping[str, Any]) -> str | None:
     if teacher.get("kind") == "hub":
         found = try_to_load_from_cache(source, CARD, revision=revision)
     else:
-        found = root / Path(source).expanduser() / CARD
+        found = source_path(source, root) / CARD
     try:
         return ModelCard.load(found).data.license if isinstance(found, str | Path) else None
     except (OSError, ValueError):
