@@ -1,4 +1,7 @@
-"""Writing so that a crash leaves the old content or the new, never a part: temporary name, fsync, rename."""
+"""Writing so that a crash leaves the old content or the new, never a part: temporary name, fsync, rename.
+
+Reading JSON and YAML so that whatever stands there becomes a plain value or one line that a person can read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lolcats_common.errors import UserError
+import yaml
+
+from lolcats_common.errors import ParamsError, UserError
+
+# Aliases make a few lines stand for any number of values, and whatever reads nested values calls itself.
+MOST_VALUES, DEEPEST = 100_000, 32
 
 
 def fsync_path(path: Path) -> None:
@@ -67,6 +75,63 @@ def read_json(path: Path, remedy: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; {remedy}")
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``2024-01-02`` as text: no parameter is a date, and a commit or a name may look like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str, named: str) -> Any:
+    """The plain values of a YAML text, no more of them than a file of parameters holds; `named`: what errors call it.
+
+    Raises:
+        ParamsError: it is not YAML, has a number of too many digits, is nested too deeply or stands for too much.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _measure(node, 1, {}, named)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{named} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except RecursionError:
+        raise _too_deep(named) from None
+    except ParamsError:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4300 digits, and no day 45 of a month
+        raise ParamsError(f"{named} holds a value that cannot be read: {str(error).partition(';')[0]}") from None
+
+
+def _too_deep(named: str) -> ParamsError:
+    return ParamsError(f"{named} must be nested at most {DEEPEST} deep")
+
+
+def _measure(node: Any, depth: int, known: dict[int, tuple[int, int]], named: str) -> tuple[int, int]:
+    """How many values a node stands for, each alias counted as what it names, and how deep they are nested."""
+    if depth > DEEPEST:
+        raise _too_deep(named)
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        below = [_measure(part, depth + 1, known, named) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    size, height = known[id(node)]
+    if size > MOST_VALUES:
+        raise ParamsError(f"{named} must stand for at most {MOST_VALUES} values, aliases counted as what they name")
+    if depth - 1 + height > DEEPEST:
+        raise _too_deep(named)
+    return size, height
 
 
 @contextlib.contextmanager
