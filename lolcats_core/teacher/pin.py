@@ -28,6 +28,7 @@ from lolcats_core.teacher.checks import (
     check_config,
     check_tokenizer,
     check_weights,
+    declared_shapes,
     weight_files,
 )
 
@@ -242,12 +243,17 @@ def _check(params: TeacherParams, folder: Path) -> _Checked:
     if not folder.is_dir():
         raise UserError(f"teacher {source}: {folder.name} is missing from the installation; install the project again")
     try:
-        listed = {path.name for path in folder.iterdir() if path.is_file()}
+        entries = list(folder.iterdir())
+        listed = {path.name for path in entries if path.is_file()}
+        # Whoever opens a pipe that nobody writes waits for ever.
+        special = [path.name for path in entries if path.exists() and not path.is_file() and not path.is_dir()]
     except OSError as error:
         raise UserError(f"teacher {source}: the directory cannot be read ({error.strerror})") from None
+    if special:
+        raise UserError(f"teacher {source}: {special[0]} must be a file, not a device, a pipe or a socket")
     config = check_config(folder, source, params.trust_remote_code)
     names = weight_files(folder, source, listed)
-    weights = check_weights(folder, names, source)
+    weights = check_weights(folder, names, source, declared_shapes(config, source, params.trust_remote_code))
     rows = weights.embedding_rows or int(config.vocab_size)
     check_tokenizer(folder, source, rows, params.trust_remote_code)
     small = [name for name in SMALL_FILES if name in listed]
