@@ -6,6 +6,7 @@ PIP_VERSION := 26.3
 WORKERS ?= 2
 # Both ends of the range that linearized models run on (lolcats_core/model/transformers_versions.py).
 VERSION ?= 5.17.0 5.24.0
+SUITE := .transformers/suite-$(shell sed -n 's/^transformers==//p' constraints.txt)
 
 # Bytecode makes every later start several times faster; the variables below would send Python elsewhere.
 unexport PYTHONDONTWRITEBYTECODE
@@ -15,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers lint format status serve stop clean distclean
+.PHONY: help setup demo test test-transformers test-suite lint format status serve stop clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,17 @@ test-transformers: $(VERSION:%=.transformers/%/.installed) ## models on other ve
 	    tests/core/model --ignore tests/core/model/test_families.py tests/core/export \
 	    tests/core/evaluation/test_generation.py tests/core/training/test_segments.py tests/tasks/cli/test_generation.py; \
 	done
+
+test-suite: $(SUITE)/.installed ## transformers' own tests of its models, which it fetches, over tiny students
+	TRANSFORMERS_SUITE=$(SUITE) PYTHONPATH=$(SUITE)/packages $(BIN)/python -m pytest -n $(WORKERS) -o addopts= \
+	  tests/transformers_suite/students.py
+
+.transformers/suite-%/.installed: $(VENV)/.installed
+	@rm -rf $(@D)
+	$(BIN)/python -m pip download -qq --no-deps --no-binary transformers --dest $(@D) transformers==$*
+	tar -xzf $(@D)/transformers-$*.tar.gz -C $(@D) --strip-components 1 --wildcards '*/tests/*.py'
+	$(BIN)/python -m pip install -qq --no-compile --target $(@D)/packages parameterized
+	@touch $@
 
 .transformers/%/.installed: $(VENV)/.installed
 	@rm -rf $(@D)

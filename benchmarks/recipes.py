@@ -36,7 +36,7 @@ from lolcats_common.tables import markdown_table, number
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.arrays import TokenFileRows
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.evaluation.recall import special_ids
+from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.experiments.study import EvalSettings, StudyContext, exclude_ids
 from lolcats_core.experiments.trials import Trial, finished, run_trials
 from lolcats_core.training.loop import Rows
@@ -101,13 +101,15 @@ def open_study(options: argparse.Namespace, settings: EvalSettings) -> StudyCont
     precision = options.precision or ("bfloat16" if device.type == "cuda" else "float32")
     loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(precision))
     teacher = cast(PreTrainedModel, loaded.to(device).eval()).requires_grad_(False)
-    special = special_ids(AutoTokenizer.from_pretrained(source)) if (source / "tokenizer_config.json").is_file() else ()
+    known = (source / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(source) if known else None
+    excluded = exclude_ids(teacher.config, () if tokenizer is None else special_ids(tokenizer))
     rows: list[Rows] = [
         TokenRows.open(folder / name) if file is None else TokenFileRows(file, length, teacher.config.vocab_size)
         for name, file in zip(("train", "validation"), files, strict=True)
     ]
     work = options.out.with_suffix(".rows")
-    return StudyContext(teacher, rows[0], rows[1], settings, work, exclude_ids(teacher.config, special))
+    return StudyContext(teacher, rows[0], rows[1], settings, work, excluded, tokenizer)
 
 
 def collect(trials: Iterable[Trial], study: StudyContext) -> list[dict[str, Any]]:
@@ -131,14 +133,17 @@ def report(rows: list[dict[str, Any]], study: StudyContext) -> dict[str, Any]:
 def markdown(results: Mapping[str, Any]) -> str:
     """A line per recipe: mean over its seeds, with the sample standard deviation from two seeds on."""
     teacher, measures = results["teacher"], results["measures"]
-    gaps = [str(gap) for gap in measures["recall_gaps"]]
+    gaps, length = [str(gap) for gap in measures["recall_gaps"]], results["sequence_length"]
     recall = ", ".join(f"{gap}: {teacher['recall'][gap]:.3f}" for gap in gaps)
     head = (
         f"Teacher: {teacher['parameters'] / 1e6:.1f}M parameters, perplexity {number(teacher['perplexity'])}, recall "
         f"at {recall}. State at {measures['context']} tokens of one sequence; linear and window off on "
-        f"{measures['audit_rows']} rows, over the perplexity there."
+        f"{measures['audit_rows']} rows, over the perplexity there. Losses are nats above the teacher's, by position."
     )
     header = ["recipe", "seeds", "PPL / teacher before LoRA", "PPL / teacher", *(f"recall{g} / t." for g in gaps)]
+    ranges = [(each["start"], each["stop"]) for each in teacher.get("positions", ()) if each["stop"] > length]
+    header += [f"loss {start}-{stop}" for start, stop in ranges]
+    header += [f"needle {length}" for length in teacher.get("needles", {})]
     header += ["same token", "same start", "linear off", "window off"]
     header += ["constant kB", "x published state", "share of kv cache"]
     rows = []
@@ -153,6 +158,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             mean(lambda m: _over(m["perplexity"], teacher["perplexity"]), step="transferred"),
             mean(lambda m: _over(m["perplexity"], teacher["perplexity"]), 4),
             *(mean(lambda m, gap=gap: _over(m["recall"][gap], teacher["recall"][gap]), 2) for gap in gaps),
+            *(mean(lambda m, start=start: _excess(m, teacher, start)) for start, _ in ranges),
+            *(mean(lambda m, at=at: statistics.fmean(m["needles"][at]), 2) for at in teacher.get("needles", {})),
             mean(lambda m: m.get("agreement")),
             mean(lambda m: m.get("exact_prefix"), 2),
             mean(lambda m: _over(m.get("linear_off"), m.get("audited"))),
@@ -165,6 +172,12 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _state_cells(state: Mapping[str, float]) -> tuple[str, str, str]:
     return f"{state['constant'] / 1e3:.0f}", f"{state['over_published']:.3f}", f"{state['share']:.3f}"
+
+
+def _excess(student: Mapping[str, Any], teacher: Mapping[str, Any], start: int) -> float:
+    """Loss above the teacher's, in nats, in the range of positions that begins at `start`."""
+    losses = [next(e["loss"] for e in model["positions"] if e["start"] == start) for model in (student, teacher)]
+    return float(losses[0] - losses[1])
 
 
 def _over(value: float | None, whole: float | None) -> float | None:

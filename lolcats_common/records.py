@@ -230,6 +230,21 @@ class CandidateRecord(TypedDict):
     group: int | None
     score: float | None
     kept: int | None
+    losses: NotRequired[dict[str, float]]  # of criterion ``retrieval``, in nats by probe
+
+
+class AllocationRecord(TypedDict):
+    """What `select.cache_budget` bought.
+
+    Attributes:
+        length: tokens at which the bytes of one sequence are counted.
+        layers: by number, what each kv group sees: ``all``, so many of the newest tokens, or ``linear``.
+    """
+
+    length: int
+    bytes: int
+    teacher_bytes: int
+    layers: dict[str, list[int | str]]
 
 
 class SelectionRecord(TypedDict):
@@ -240,6 +255,7 @@ class SelectionRecord(TypedDict):
     candidates: list[CandidateRecord]
     cache_ratio: float
     linearize: dict[str, Any]
+    allocation: NotRequired[AllocationRecord]
 
 
 class StageRecord(TypedDict):

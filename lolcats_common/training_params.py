@@ -8,7 +8,10 @@ from typing import Literal
 
 from lolcats_common.errors import require as _require
 
-Criterion = Literal["transfer_error", "normalized_transfer_error", "logit_kl", "greedy_kl", "random", "even"]
+Criterion = Literal[
+    "transfer_error", "normalized_transfer_error", "logit_kl", "greedy_kl", "retrieval", "random", "even"
+]
+Rung = Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,63 @@ class SelectParams:
     """Which layers or kv groups keep softmax attention after stage 1 has measured them.
 
     `softmax_budget`: null (those that `linearize` names), or one of ``layers`` (how many), ``heads`` (share of the kv
-    groups, rounded) and ``cache_ratio`` (at most that share of the teacher's kv cache). `criterion`: the largest
-    ``transfer_error`` (``normalized_``: over the size of the softmax output), the largest KL of the teacher's logits
-    where one alone is linear (``logit_kl``), step by step the one whose softmax lowers the student's KL most
-    (``greedy_kl``), and ``random`` and ``even`` as controls. `rows`: validation rows for the KL.
+    groups, rounded) and ``cache_ratio`` (at most that share of the teacher's kv cache).
+
+    `cache_budget`: in place of it, the share of the teacher's bytes at `cache_length` tokens (null: its context) that
+    the student's cache may have, everything counted. The `ladder` spends it: its rungs are given to the groups in the
+    order of their scores, ``size`` newest tokens (null: all) to so many ``groups``, and as many as fit to the last
+    rung, which names none. The groups left over see the `rest` newest tokens or, with null, stay linear. Groups with a
+    size see the `first_tokens` of the sequence besides.
+
+    `criterion`: the largest ``transfer_error`` (``normalized_``: over the size of the softmax output), the largest KL
+    of the teacher's logits where one alone is linear (``logit_kl``), step by step the one whose softmax lowers the
+    student's KL most (``greedy_kl``), the largest loss of the teacher at needles, repeated strings and text where one
+    alone is cut to its `probe_window` newest and `first_tokens` first tokens (``retrieval``), and ``random`` and
+    ``even`` as controls. `rows`: validation rows for the KL; for ``retrieval``, needles in training text, with half as
+    many strings and texts, of `probe_length` tokens each (null: twice the training rows').
     """
 
     softmax_budget: Mapping[str, float] | None = field(default=None, hash=False)
+    cache_budget: float | None = None
+    cache_length: int | None = None
+    ladder: tuple[Rung, ...] = field(default=({"size": None, "groups": 2}, {"size": 1536}), hash=False)
+    rest: int | None = None
+    first_tokens: int = 4
     criterion: Criterion = "transfer_error"
     rows: int = 8
+    probe_length: int | None = None
+    probe_window: int = 192
 
     def __post_init__(self) -> None:
         _require(self.rows >= 1, "`rows` must be at least 1", self.rows)
+        _require(self.first_tokens >= 0, "`first_tokens` must be at least 0", self.first_tokens)
+        least = max(2, self.first_tokens + 1)
+        above = f"2 and above `first_tokens` ({self.first_tokens})"
+        _require(self.probe_window >= least, f"`probe_window` must be at least {above}", self.probe_window)
+        _require(self.rest is None or self.rest >= least, f"`rest` must be null or at least {above}", self.rest)
+        _require(
+            self.cache_length is None or self.cache_length >= 1,
+            "`cache_length` must be null or at least 1",
+            self.cache_length,
+        )
+        long = self.probe_length is None or self.probe_length > 2 * self.probe_window
+        _require(
+            long, f"`probe_length` must be null or above twice `probe_window` ({self.probe_window})", self.probe_length
+        )
+        for place, rung in enumerate(self.ladder):
+            name, last = f"`ladder[{place}]`", place == len(self.ladder) - 1
+            known = "size" in rung and rung.keys() <= {"size", "groups"}
+            _require(known, f"{name} must have the key size and may have groups", dict(rung))
+            size, groups = rung["size"], rung.get("groups")
+            _require(size is None or size >= least, f"{name}: size must be null or at least {above}", size)
+            _require(last == (groups is None), f"{name}: only the last rung has no groups", groups)
+            _require(groups is None or groups >= 1, f"{name}: groups must be at least 1", groups)
+        _require(len(self.ladder) > 0, "`ladder` must have a rung", list(self.ladder))
         budget = self.softmax_budget
+        if self.cache_budget is not None:
+            _require(0 < self.cache_budget < 1, "`cache_budget` must lie in (0, 1)", self.cache_budget)
+            _require(budget is None, "`softmax_budget` must be null with `cache_budget`", budget)
+            _require(self.criterion != "even", "`criterion` must rank for `cache_budget`", self.criterion)
         if budget is None:
             return
         one = len(budget) == 1 and next(iter(budget)) in ("layers", "heads", "cache_ratio")
@@ -108,6 +155,11 @@ class SelectParams:
             _require(value >= 1 and value == int(value), "`softmax_budget.layers` must be at least 1", value)
         else:
             _require(0 < value < 1, f"`softmax_budget.{kind}` must lie in (0, 1)", value)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there is a budget, of either kind."""
+        return self.softmax_budget is not None or self.cache_budget is not None
 
 
 @dataclass(frozen=True)

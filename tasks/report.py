@@ -125,6 +125,8 @@ def draw(
         drawn["transfer_layers"] = figures.layer_figure(transfer, "Attention transfer: error by layer")
     if any(entry["score"] is not None for entry in selection["candidates"]):
         drawn["selection"] = figures.selection_figure(selection)
+    if "allocation" in selection:
+        drawn["allocation"] = figures.allocation_figure(selection["allocation"])
     if finetune:
         drawn["finetune_loss"] = figures.loss_figure(finetune, "Low-rank finetuning")
     return {name: figure for name, figure in drawn.items() if figure is not None}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,6 @@ class RecallResult:
     value: float
     stderr: float
     samples: int
-
-
-def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that recall strings must not hold: the special and the added ones."""
-    return tuple(sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}))
 
 
 def random_strings(vocab_size: int, gap: int, samples: int, seed: int, exclude_ids: Iterable[int] = ()) -> np.ndarray:

@@ -14,15 +14,18 @@ from typing import Any, Literal, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from lolcats_common.errors import DivergedError
+from lolcats_common.errors import DivergedError, UserError
 from lolcats_common.files import sha256_file, sha256_json, write_json
 from lolcats_common.import_closure import import_closure
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.evaluation import generation
-from lolcats_core.evaluation.recall import copy_recall, special_ids
+from lolcats_core.evaluation.needles import Needle, make_needles, needles_found
+from lolcats_core.evaluation.position import joined_rows, loss_by_position, position_losses
+from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.model.branches import without_branch
 from lolcats_core.model.decoding.state_size import published_settings, state_size, teacher_size
@@ -42,8 +45,10 @@ ENGINE = "lolcats_core.experiments.trials"
 class EvalSettings:
     """What each model is measured on.
 
-    Without `generation_prompts` or `audit_rows` the measurements that need them are left out. `context`: number of
-    tokens for which the size of the decode state is given. `recall_seed`: which random strings recall shows.
+    Without `generation_prompts`, `audit_rows`, `long_rows` or `needle_lengths` the measurements that need them are left
+    out. `context`: number of tokens for which the size of the decode state is given, and of the long rows whose loss is
+    measured by position. `recall_seed`: which random strings recall shows. `needle_lengths`: tokens of texts that hide
+    a number (`evaluation.needles`), `needle_samples` of each.
     """
 
     batch_size: int = 8
@@ -55,6 +60,9 @@ class EvalSettings:
     audit_rows: int = 16
     context: int = 8192
     recall_seed: int = 0
+    long_rows: int = 0
+    needle_lengths: tuple[int, ...] = ()
+    needle_samples: int = 40
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class StudyContext:
         teacher: frozen; its weights are in every student.
         folder: holds finished trials and the feature maps that trials share; several studies may use one.
         exclude_ids: tokens that recall strings never hold.
+        tokenizer: the teacher's, for selection by retrieval and needles.
     """
 
     teacher: PreTrainedModel
@@ -73,6 +82,7 @@ class StudyContext:
     settings: EvalSettings
     folder: Path
     exclude_ids: tuple[int, ...] = ()
+    tokenizer: Any = None
 
     @classmethod
     def open(cls, pin: Path, rows: Path, params: Params, settings: EvalSettings, folder: Path) -> StudyContext:
@@ -85,7 +95,8 @@ class StudyContext:
         tokenizer = source.tokenizer()
         teacher = source.load(resolve_dtype(params.compute.precision), resolve_device(params.compute.device))
         train, validation = (TokenRows.open(rows / name) for name in ("train", "validation"))
-        return cls(teacher, train, validation, settings, folder, exclude_ids(teacher.config, special_ids(tokenizer)))
+        excluded = exclude_ids(teacher.config, special_ids(tokenizer))
+        return cls(teacher, train, validation, settings, folder, excluded, tokenizer)
 
     @cached_property
     def inputs(self) -> str:
@@ -114,6 +125,21 @@ class StudyContext:
         return dict(json.loads(file.read_text(encoding="utf-8")))
 
     @cached_property
+    def needles(self) -> dict[int, list[Needle]]:
+        """Items of each length, the same for every model.
+
+        Raises:
+            UserError: there is no tokenizer, or the text is too short.
+        """
+        if self.tokenizer is None:
+            raise UserError("`measures.needle_lengths` needs the teacher's tokenizer, got none")
+        settings, rows = self.settings, self.validation_rows
+        return {
+            length: make_needles(rows, self.tokenizer, length, settings.needle_samples, settings.recall_seed)
+            for length in settings.needle_lengths
+        }
+
+    @cached_property
     def teacher_continuations(self) -> list[list[int]]:
         """The teacher's greedy continuations, which every student's are compared with."""
         return _continuations(self.teacher, self)
@@ -123,7 +149,8 @@ def evaluate_model(model: PreTrainedModel, study: StudyContext, *, full: bool = 
     """Measure perplexity and recall of a model and, with `full`, its agreement with the teacher, branches and state.
 
     Returns:
-        ``perplexity``, ``recall`` by gap; with `full` ``state`` (`state_bytes`) and, of a student, ``agreement`` (share
+        ``perplexity``, ``recall`` by gap; with `full` ``state`` (`state_bytes`), ``positions`` (loss of long rows, by
+        `position.loss_by_position`), ``needles`` (found or not, by length) and, of a student, ``agreement`` (share
         of positions where the most probable token is the teacher's), ``exact_prefix`` (share of a continuation that is
         the teacher's from its start on), ``token_f1``, ``audited`` (perplexity on `audit_rows`), ``linear_off`` and
         ``window_off`` (the same without a branch; None where there is no such branch or the loss is not finite).
@@ -146,6 +173,11 @@ def evaluate_model(model: PreTrainedModel, study: StudyContext, *, full: bool = 
     if not full:
         return result
     result["state"] = state_bytes(model, study)
+    if settings.long_rows:
+        batch = joined_rows(rows, settings.context, settings.long_rows)
+        result["positions"] = loss_by_position(position_losses(model, batch))
+    if settings.needle_lengths:
+        result["needles"] = {str(length): needles_found(model, needles) for length, needles in study.needles.items()}
     if model is study.teacher:
         return result
     if settings.generation_prompts:

@@ -34,6 +34,8 @@ from lolcats_core.training.attention_transfer import attention_transfer, evaluat
 from lolcats_core.training.loop import Rows, total_steps
 from lolcats_core.training.losses import plain_model
 from lolcats_core.training.low_rank_finetune import low_rank_finetune
+from lolcats_core.training.ranking.criteria import NEEDS_TEACHER
+from lolcats_core.training.ranking.retrieval import retrieval_of
 from lolcats_core.training.selection import select
 
 logger = logging.getLogger(__name__)
@@ -90,7 +92,9 @@ def cache_budgets(base: Trial, ratios: Iterable[float]) -> list[Trial]:
     """`base` at several cache ratios; 0 is `base` without any kept head."""
     budgets = {ratio: {"cache_ratio": ratio} if ratio else None for ratio in sorted(set(ratios))}
     return [
-        dataclasses.replace(base, name=f"{ratio:.3g}", select=dataclasses.replace(base.select, softmax_budget=budget))
+        dataclasses.replace(
+            base, name=f"{ratio:.3g}", select=dataclasses.replace(base.select, softmax_budget=budget, cache_budget=None)
+        )
         for ratio, budget in budgets.items()
     ]
 
@@ -176,8 +180,17 @@ def _train_and_measure(trial: Trial, study: StudyContext, scratch: Path) -> dict
         result["layer_errors"] = transfer["layer_errors"]
         begun = time.monotonic()
         errors = {int(layer): values for layer, values in transfer["errors"].items()}
+        retrieval = None
+        if trial.select.chooses and trial.select.criterion in NEEDS_TEACHER:
+            retrieval = retrieval_of(study.teacher, study.train_rows, study.tokenizer, trial.select, trial.seed)
         selected, selection = select(
-            study.teacher, student, study.validation_rows, trial.select, errors=errors, seed=trial.seed
+            study.teacher,
+            student,
+            study.validation_rows,
+            trial.select,
+            errors=errors,
+            seed=trial.seed,
+            retrieval=retrieval,
         )
         seconds["select"] = time.monotonic() - begun
         result["selection"] = selection.to_dict(trial.select)

@@ -79,7 +79,7 @@ class LinearizedMixin:
                 layer.feature_maps = maps
         # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
         # refuses to put them onto the softmax teacher, whose other modules have the same names.
-        self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+        self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1)).requires_grad_(False)
         decoder.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
 
     def _prepare_cache_for_generation(
@@ -128,6 +128,7 @@ class LinearizedMixin:
         missing = sorted(name for name in info["missing_keys"] if ".feature_maps." in name)
         if missing:
             raise UserError(f"{args[0] if args else 'the checkpoint'} has no {missing[0]}: not a linearized model")
+        model.linearized.requires_grad_(False)  # loading leaves every parameter trainable
         return (model, info) if wanted else model
 
 

@@ -8,10 +8,7 @@ values can stay in the cache alone.
 
 from __future__ import annotations
 
-import dataclasses
-import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,30 +16,27 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lolcats_common.errors import UserError
-from lolcats_common.linearize_config import LinearizeConfig, local_layers
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import SelectParams
-from lolcats_common.records import CandidateRecord, SelectionRecord
+from lolcats_common.records import AllocationRecord, CandidateRecord, SelectionRecord
 from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.map_files import restrict_maps
 from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
+from lolcats_core.training.allocation import Allocation, all_groups, allocate, keeping
 from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden
 from lolcats_core.training.perplexity import next_token_targets
-
-Group = tuple[int, int]  # layer, kv head
-# The student's KL to the teacher with softmax attention in these kv groups alone.
-Divergence = Callable[[frozenset[Group]], float]
-NEEDS_MODEL = ("logit_kl", "greedy_kl")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One kv group of a layer, or the whole layer (`group` None)."""
-
-    layer: int
-    group: int | None
-    groups: frozenset[Group]
+from lolcats_core.training.ranking.criteria import (
+    NEEDS_STUDENT,
+    Candidate,
+    Divergence,
+    Evidence,
+    Group,
+    Retrieval,
+    rank,
+    transfer_scores,
+)
 
 
 @dataclass(frozen=True)
@@ -54,13 +48,17 @@ class Selection:
         scores: by candidate, the criterion's value; the larger, the sooner it keeps softmax. Empty for ``even``;
             without a budget the transfer error.
         settings: of the student that stage 2 gets.
-        cache_ratio: share of the teacher's kv cache that its softmax attention keeps.
+        cache_ratio: share of the teacher's kv cache that its softmax attention keeps; with an allocation, the share of
+            the teacher's bytes that the student has.
+        parts: by candidate, what its score was made of. allocation: with `cache_budget`.
     """
 
     kept: tuple[Candidate, ...]
     scores: dict[Candidate, float]
     settings: LinearizeConfig
     cache_ratio: float
+    parts: dict[Candidate, dict[str, float]] = field(default_factory=dict)
+    allocation: Allocation | None = None
 
     def to_dict(self, params: SelectParams) -> SelectionRecord:
         """Readable JSON; its `linearize` makes `settings` again."""
@@ -69,20 +67,32 @@ class Selection:
             {"layer": c.layer, "group": c.group, "score": self.scores.get(c), "kept": order.get(c)}
             for c in sorted({*self.scores, *self.kept}, key=lambda c: (c.layer, c.group or 0))
         ]
-        chosen = params.softmax_budget is not None
-        return {
+        parts = {(candidate.layer, candidate.group): each for candidate, each in self.parts.items()}
+        for entry in entries:
+            if (entry["layer"], entry["group"]) in parts:
+                entry["losses"] = parts[entry["layer"], entry["group"]]
+        record: SelectionRecord = {
             "softmax_budget": dict(params.softmax_budget) if params.softmax_budget is not None else None,
-            "criterion": params.criterion if chosen else None,
+            "criterion": params.criterion if params.chooses else None,
             "candidates": entries,
             "cache_ratio": self.cache_ratio,
             "linearize": self.settings.to_dict(),
         }
+        if self.allocation is not None:
+            record["allocation"] = self._allocation_record(self.allocation)
+        return record
 
-
-def all_groups(config: PreTrainedConfig) -> list[Group]:
-    """Every kv group whose keys and values grow with the tokens, in order; local layers (Gemma) are left alone."""
-    layers = [layer for layer in range(config.num_hidden_layers) if layer not in local_layers(config)]
-    return [(layer, group) for layer in layers for group in range(kv_heads(config))]
+    def _allocation_record(self, allocation: Allocation) -> AllocationRecord:
+        layers: dict[str, list[int | str]] = {}
+        for layer, group in sorted(allocation.groups):
+            seen = allocation.sizes.get((layer, group), "linear")
+            layers.setdefault(str(layer), []).append("all" if seen is None else seen)
+        return {
+            "length": allocation.length,
+            "bytes": allocation.bytes,
+            "teacher_bytes": allocation.teacher_bytes,
+            "layers": layers,
+        }
 
 
 def candidates(params: SelectParams, config: PreTrainedConfig) -> list[Candidate]:
@@ -116,14 +126,16 @@ def budget_count(params: SelectParams, settings: LinearizeConfig, config: PreTra
     return count
 
 
-def keeping(settings: LinearizeConfig, kept: Iterable[Group], config: PreTrainedConfig) -> LinearizeConfig:
-    """`settings` with softmax attention in exactly these kv groups."""
-    by_layer: dict[int, list[int]] = {}
-    for layer, group in kept:
-        by_layer.setdefault(layer, []).append(group)
-    whole = [layer for layer, groups in by_layer.items() if len(groups) == kv_heads(config)]
-    parts = {layer: tuple(groups) for layer, groups in by_layer.items() if layer not in whole}
-    return dataclasses.replace(settings, softmax_layers=tuple(whole), softmax_heads=parts)
+def check_budget(params: SelectParams, settings: LinearizeConfig, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """How many candidates have to be ranked, of whichever budget there is; `allocate` may need fewer bytes than here,
+    where its groups come in their own order.
+
+    Raises:
+        UserError: the budget does not fit the model.
+    """
+    if params.cache_budget is None:
+        return budget_count(params, settings, config)
+    return len(allocate(all_groups(config), params, settings, config, dtype).groups)
 
 
 def kept_groups(settings: LinearizeConfig, config: PreTrainedConfig) -> frozenset[Group]:
@@ -143,6 +155,7 @@ def select(
     *,
     errors: Errors | None = None,
     seed: int = 0,
+    retrieval: Retrieval | None = None,
 ) -> tuple[PreTrainedModel, Selection]:
     """Give softmax attention back to the layers or kv groups that the budget and the criterion choose.
 
@@ -151,6 +164,7 @@ def select(
         student: a linearized model after `attention_transfer`; it is not changed.
         rows: validation rows, of which the first `params.rows` are measured.
         errors: transfer errors that are known already (`head_errors`).
+        retrieval: for that criterion, as `retrieval_of` makes it.
 
     Returns:
         The student that stage 2 takes, which shares the teacher's weights and has its own copies of the maps, and the
@@ -163,10 +177,19 @@ def select(
     if errors is None:
         errors = head_errors(student, rows, params.rows, params.rows) if feature_maps(student) else {}
     divergence = None
-    if params.softmax_budget is not None and params.criterion in NEEDS_MODEL:
+    if params.chooses and params.criterion in NEEDS_STUDENT:
         batch_size = rows_per_forward(params.rows, rows.sequence_length, teacher.config.vocab_size)
         divergence = student_divergence(teacher, student, rows, params.rows, batch_size)
-    selection = choose_softmax(params, settings, teacher.config, errors, seed=seed, divergence=divergence)
+    selection = choose_softmax(
+        params,
+        settings,
+        teacher.config,
+        errors,
+        seed=seed,
+        divergence=divergence,
+        retrieval=retrieval,
+        dtype=teacher.dtype,
+    )
     selected = linearize(teacher, selection.settings, seed=seed)
     with torch.no_grad():
         for name, value in restrict_maps(named_map_parameters(student), student, selected).items():
@@ -182,99 +205,38 @@ def choose_softmax(
     *,
     seed: int = 0,
     divergence: Divergence | None = None,
+    retrieval: Retrieval | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Selection:
     """Choose what keeps softmax attention; without a budget that is what `settings` name.
 
     Args:
         config: of the teacher. errors: of stage 1 (`head_errors`).
         divergence: for the KL criteria, as `student_divergence` makes it.
+        retrieval: for that criterion, as `retrieval_of` makes it. dtype: in which `cache_budget` counts keys.
 
     Raises:
         UserError: the budget does not fit the model.
     """
-    count = budget_count(params, settings, config)
-    if not count:
-        chosen: tuple[Candidate, ...] = ()
+    count = check_budget(params, settings, config, dtype)
+    groups = kv_heads(config)
+    every = candidates(params, config)
+    if not params.chooses:
         kept = kept_groups(settings, config)
         # Worth seeing without a budget as well; errors say nothing of groups that were never linear.
-        every = candidates(params, config) if errors and not kept else []
-        scores = transfer_scores(every, errors, kv_heads(config), normalized=False)
-    else:
-        chosen, scores = _ranked(params, config, count, errors, seed, divergence)
-        kept = frozenset(group for candidate in chosen for group in candidate.groups)
-        settings = keeping(settings, kept, config)
-    return Selection(chosen, scores, settings, len(kept) / len(all_groups(config)))
-
-
-def _ranked(
-    params: SelectParams,
-    config: PreTrainedConfig,
-    count: int,
-    errors: Errors,
-    seed: int,
-    divergence: Divergence | None,
-) -> tuple[tuple[Candidate, ...], dict[Candidate, float]]:
-    every = candidates(params, config)
-    if params.criterion == "even":
-        return tuple(every[int((i + 0.5) * len(every) / count)] for i in range(count)), {}
-    if params.criterion == "random":
-        draws = random.Random(seed)
-        scores = {candidate: draws.random() for candidate in every}
-    elif params.criterion in NEEDS_MODEL:
-        if divergence is None:
-            raise ValueError(f"criterion {params.criterion} needs `divergence`")
-        if params.criterion == "greedy_kl":
-            return _greedy(every, count, divergence)
-        # One candidate linear in the whole teacher: what that alone destroys. The opposite, softmax in one candidate
-        # alone, measures little where a skill needs several of them.
-        whole = frozenset(group for candidate in every for group in candidate.groups)
-        scores = {candidate: divergence(whole - candidate.groups) for candidate in every}
-    else:
-        normalized = params.criterion == "normalized_transfer_error"
-        scores = transfer_scores(every, errors, kv_heads(config), normalized=normalized)
-    order = sorted(every, key=lambda candidate: -scores[candidate])
-    return tuple(order[:count]), scores
-
-
-def transfer_scores(
-    every: Iterable[Candidate], errors: Errors, groups: int, *, normalized: bool
-) -> dict[Candidate, float]:
-    """Mean squared error of each candidate's heads, over the mean square of their softmax output with `normalized`.
-
-    Args:
-        errors: of a model without softmax heads. groups: kv groups of a layer.
-    """
-
-    def of(candidate: Candidate) -> float:
-        means = []
-        for name in ("error", "power"):
-            by_group = np.array(errors[candidate.layer][name]).reshape(groups, -1)
-            means.append(float((by_group if candidate.group is None else by_group[candidate.group]).mean()))
-        return means[0] / max(means[1], 1e-12) if normalized else means[0]
-
-    return {candidate: of(candidate) for candidate in every}
-
-
-def _greedy(
-    every: list[Candidate], count: int, divergence: Divergence
-) -> tuple[tuple[Candidate, ...], dict[Candidate, float]]:
-    """Lazy greedy (Minoux, 1978): a candidate's gain is taken to shrink as others are kept, so only the one that leads
-    by its last known gain is measured again, until it still leads.
-
-    Scores are each candidate's last known gain: how much its softmax lowered the KL.
-    """
-    kept: tuple[Candidate, ...] = ()
-    held: frozenset[Group] = frozenset()
-    current = divergence(held)
-    gains = {candidate: float("inf") for candidate in every}
-    while len(kept) < count:
-        fresh: dict[Candidate, float] = {}
-        left = [candidate for candidate in every if candidate not in kept]
-        while (lead := max(left, key=lambda candidate: gains[candidate])) not in fresh:
-            fresh[lead] = divergence(held | lead.groups)
-            gains[lead] = current - fresh[lead]
-        kept, held, current = (*kept, lead), held | lead.groups, fresh[lead]
-    return kept, gains
+        scores = transfer_scores(every if errors and not kept else [], errors, groups, normalized=False)
+        return Selection((), scores, settings, len(kept) / len(all_groups(config)))
+    found = rank(params.criterion, Evidence(every, count, errors, groups, seed, divergence, retrieval))
+    if params.cache_budget is not None:
+        by_group = {group: candidate for candidate in found.order for group in candidate.groups}
+        allocation = allocate(tuple(by_group), params, settings, config, dtype)
+        chosen = tuple(by_group[group] for group in allocation.sizes)
+        return Selection(chosen, found.scores, allocation.settings, allocation.share, found.parts, allocation)
+    chosen = found.order[:count]
+    kept = frozenset(group for candidate in chosen for group in candidate.groups)
+    return Selection(
+        chosen, found.scores, keeping(settings, kept, config), len(kept) / len(all_groups(config)), found.parts
+    )
 
 
 def student_divergence(

@@ -22,9 +22,10 @@ from lolcats_common.progress import progress
 from lolcats_common.records import Audit, Control, Measured, Positions, StateBytes
 from lolcats_core import LinearizeConfig
 from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.special_tokens import begin_ids, special_ids
 from lolcats_core.evaluation import audit, code_continuation, control, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
-from lolcats_core.evaluation.recall import copy_recall, special_ids
+from lolcats_core.evaluation.recall import copy_recall
 from lolcats_core.evaluation.results import ResultCache
 from lolcats_core.model.decoding.state_size import state_facts, state_size
 from lolcats_core.training.perplexity import bigram_perplexity
@@ -277,12 +278,6 @@ class Measurements:
 def measured_value(result: Mapping[str, Any]) -> Measured:
     """The value and its standard error alone."""
     return {"value": result["value"], "stderr": result["stderr"]}
-
-
-def begin_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The beginning-of-sequence token, for tokenizers that put one before every text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lolcats_common.records import BRANCHES, SIDES, Audit, Measured, Positions, SelectionRecord, Side, TaskRecord
+from lolcats_common.records import (
+    BRANCHES,
+    SIDES,
+    AllocationRecord,
+    Audit,
+    Measured,
+    Positions,
+    SelectionRecord,
+    Side,
+    TaskRecord,
+)
 
 Heads = Mapping[str, list[float]]  # a value for each head, by layer
 
@@ -47,11 +57,34 @@ def selection_figure(selection: SelectionRecord) -> Figure:
     figure, axes = _axes(width=max(7.0, 0.22 * len(found)), grid="y")
     axes.bar(names, [score for _, score in found], color=colours)
     what = "layer" if all(entry["group"] is None for entry, _ in found) else "layer.kv group"
-    title = f"Softmax kept (orange): {selection['cache_ratio']:.1%} of the kv cache"
+    what_kept = "Softmax kept" if "allocation" not in selection else "Softmax, all or a window"
+    title = f"{what_kept} (orange): {selection['cache_ratio']:.1%} of the kv cache"
     axes.set(xlabel=what, ylabel=(selection["criterion"] or "transfer error").replace("_", " "), title=title)
     axes.tick_params(axis="x", rotation=90 if len(found) > 16 else 0)
     if min(score for _, score in found) > 0:
         axes.set_yscale("log")
+    return figure
+
+
+def allocation_figure(allocation: AllocationRecord) -> Figure:
+    """What each kv group sees, layer by layer: everything, so many of the newest tokens, or linear attention."""
+    from matplotlib.colors import LogNorm
+
+    layers, length = allocation["layers"], allocation["length"]
+    groups = max(map(len, layers.values()))
+    figure, axes = _axes(width=max(7.0, 1.2 + 0.45 * len(layers)), height=1.6 + 0.5 * groups, grid=None)
+    table = np.full((groups, len(layers)), np.nan)
+    for column, seen in enumerate(layers.values()):
+        for row, size in enumerate(seen):
+            if size != "linear":
+                table[row, column] = length if size == "all" else min(int(size), length)
+            axes.text(column, row, str(size), ha="center", va="center", fontsize=7)
+    image = axes.imshow(table, aspect="auto", cmap="Oranges", norm=LogNorm(vmin=64, vmax=4 * length, clip=True))
+    share = allocation["bytes"] / allocation["teacher_bytes"]
+    title = f"Tokens seen (white: linear): {share:.1%} of the teacher's cache at {length:,} tokens"
+    axes.set(xlabel="layer", ylabel="kv group", title=title, yticks=range(groups))
+    axes.set_xticks(range(len(layers)), labels=list(layers))
+    image.axes.tick_params(length=0)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,12 @@ def _filled(section: Any) -> Any:
 def _kept(settings: Mapping[str, Any]) -> str:
     """What keeps softmax attention, in words; empty where nothing does."""
     layers, heads = settings.get("softmax_layers") or [], settings.get("softmax_heads") or {}
+    windows = Counter(size for sizes in (settings.get("softmax_windows") or {}).values() for size in sizes.values())
     parts = [f"layers {', '.join(map(str, layers))}"] if layers else []
     parts += [f"key/value heads {', '.join(map(str, heads[key]))} of layer {key}" for key in sorted(heads, key=int)]
+    if windows:
+        sizes = [f"{count} see {size:,} tokens" for size, count in sorted(windows.items(), reverse=True)]
+        parts[-1] += f" ({', '.join(sizes)})"
     return ", ".join(parts)
 
 

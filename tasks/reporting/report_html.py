@@ -39,6 +39,7 @@ CAPTIONS = {
     "entropy": "Sharp attention (left) beside spread-out attention: one point per layer.",
     "transfer_loss": "Stage 1, attention transfer.",
     "transfer_layers": "Stage 1, error by layer.",
+    "allocation": "What each kv group sees: everything, so many of the newest tokens, or linear attention (white).",
     "selection": "Between the stages: the score of each layer or kv group, and which of them keep softmax attention.",
     "finetune_loss": "Stage 2, low-rank finetuning.",
 }

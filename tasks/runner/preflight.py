@@ -9,13 +9,14 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
+from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.data import sources
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import examine_teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
-from lolcats_core.training.selection import budget_count
+from lolcats_core.training.selection import check_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,12 +45,13 @@ def check(params: Params, teacher: PreTrainedConfig) -> None:
     with torch.device("meta"):
         check_target_modules(empty_student(teacher, params.linearize), params.finetune)
     params.linearize.check_length("`data.sequence_length`", params.data.sequence_length)
-    budget_count(params.select, params.linearize, teacher)
+    check_budget(params.select, params.linearize, teacher, resolve_dtype(params.compute.precision))
     context = getattr(teacher, "max_position_embeddings", None)
     own = set(synthetic.TASKS) & set(params.evaluate.tasks)
     longest = {
         "data.sequence_length": params.data.sequence_length,
         "data.position_range": params.data.position_range or 0,
+        "select.probe_length": params.select.probe_length or 0,
         "evaluate.recall_gaps (twice the largest)": 2 * max(params.evaluate.recall_gaps, default=0),
         "evaluate.synthetic_lengths": max(params.evaluate.synthetic_lengths, default=0) if own else 0,
     }

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig
 
 from benchmarks import recipes as benchmark
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams, LinearizeConfig, TransferParams
 from lolcats_core.data.rows import TokenRowsWriter
 from lolcats_core.experiments import trials
+from lolcats_core.model.decoding.state_size import state_size, teacher_size
+from lolcats_core.training.allocation import all_groups, allocate
 from lolcats_core.training.selection import budget_count, candidates
-from tests.core.tiny import VOCAB, tiny_teacher, tokens
+from tests.core.tiny import VOCAB, tiny_teacher, tiny_tokenizer, tokens
 
 SHIPPED = Path(benchmark.__file__).with_suffix(".yaml")
 
@@ -87,6 +92,51 @@ def test_the_shipped_recipes_fit_a_teacher_of_twelve_layers_and_the_token_budget
     assert counts["published"] == 0
     assert set(counts.values()) >= {1, 2, 3, 6}
     assert suite.settings.recall_gaps == (200, 400, 900)
+
+
+def test_every_tier_of_the_quality_table_fits_its_bytes_and_the_token_budget() -> None:
+    # The shape of SmolLM2-135M.
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    config = LlamaConfig(**shape, hidden_size=576, max_position_embeddings=8192)
+    suite = benchmark.RecipeSuite.read(SHIPPED.with_name("quality.yaml"))
+    rows: Any = type("Rows", (), {"sequence_length": 4096, "__len__": lambda self: 20_000})()
+    shares = {}
+    for recipe in suite.trials:
+        assert recipe.tokens(rows) <= benchmark.TOKEN_LIMIT
+        if recipe.select.cache_budget is not None:
+            found = allocate(all_groups(config), recipe.select, recipe.linearize, config, torch.bfloat16)
+            size = state_size(config, found.settings, torch.bfloat16).at(8192)
+            shares[recipe.name] = size / teacher_size(config, torch.bfloat16).at(8192)
+            assert shares[recipe.name] <= recipe.select.cache_budget
+            assert bool(feature_map_groups(found.settings)) == ("small state" in recipe.name)
+    for tier in ("8 %", "16 %", "constant"):
+        assert sum(name.startswith(tier) for name in shares) == 3
+
+
+def feature_map_groups(settings: LinearizeConfig) -> int:
+    """kv groups of the thirty layers of three that are linearized."""
+    return sum(3 - sum(map(len, settings.softmax_parts(layer, 3).values())) for layer in range(30))
+
+
+def test_losses_by_position_and_needles_are_columns_of_the_table(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_teacher(vocab_size=400).save_pretrained(folder / "from" / "teacher")
+    tiny_tokenizer().save_pretrained(folder / "from" / "teacher")
+    for name, rows in (("train", 12), ("validation", 24)):
+        with TokenRowsWriter(folder / "from" / f"{name}-400", sequence_length=40, vocab_size=400) as writer:
+            writer.append(input_ids=tokens(rows, 40, seed=rows).numpy())
+        shutil.rmtree(folder / "from" / name)
+        (folder / "from" / f"{name}-400").rename(folder / "from" / name)
+    values = yaml.safe_load((folder / "tiny.yaml").read_text())
+    values["measures"] |= {"context": 160, "long_rows": 2, "needle_lengths": [150, 160], "needle_samples": 2}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    call(folder, "--only", "published")
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| recipe"))
+    for column in ("loss 0-64", "loss 64-128", "loss 128-160", "needle 150", "needle 160"):
+        assert column in header
+    results = json.loads((folder / "out.json").read_text())
+    assert [len(hits) for hits in results["teacher"]["needles"].values()] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_a_stage_killed_again_and_again_ends_bitwise_where_an_undisturbed_one_do
         ({"transfer.lrr": 1}, "unknown key `transfer.lrr` (did you mean `transfer.lr`?)"),
         ({"teacher.source": "./nowhere"}, "nowhere"),
         ({"data.source": "missing.jsonl"}, "missing.jsonl does not exist"),
-        ({"linearize.window_size": 3}, "`window_size` must be a power of two of at least 4, got 3"),
+        ({"linearize.window_size": 3}, "`window_size` must be a power of two of at least 4 or a multiple of 64, got 3"),
         ({"finetune.target_modules": ["w"]}, "the model has no 'w'"),
         ({"evaluate.tasks": ["code_continuatoin"]}, "did you mean 'code_continuation'?"),
         ({"evaluate.recall_gaps": [300], "transfer.lr": 0.02}, "at most the teacher's context of 512 tokens, got 600"),

@@ -20,7 +20,7 @@ from lolcats_core.model.modeling import feature_maps
 from lolcats_core.training.attention_transfer import head_errors
 from tasks import select
 from tasks.runner.artifacts import selected
-from tests.core.tiny import byte_teacher
+from tests.core.tiny import byte_teacher, byte_tokenizer
 from tests.tasks.test_evaluate import PARAMS, FakeStage
 
 SETTINGS = LinearizeConfig(window_size=16, feature_dim=8)
@@ -38,7 +38,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     save_feature_maps(student, root / "transfer" / "feature_maps.safetensors")
     errors = head_errors(student, TokenRows.open(root / "prepare" / "validation"), 4, 4)
     write_json(root / "transfer" / "errors.json", errors)
-    source = SimpleNamespace(config=teacher.config, load=lambda dtype, device: byte_teacher())
+    source = SimpleNamespace(
+        config=teacher.config, load=lambda dtype, device: byte_teacher(), tokenizer=lambda: byte_tokenizer()
+    )
     monkeypatch.setattr(select.Teacher, "open", lambda folder: source)
     made = FakeStage(root, tmp_path, PARAMS)
     made.device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
@@ -79,6 +81,44 @@ def test_a_later_stage_gets_a_student_that_fits_the_maps(stage: Any, criterion: 
         best = max(found["candidates"], key=lambda entry: entry["score"])
         assert best["kept"] == 0
         assert (stage.out / "selection.png").is_file()
+
+
+LADDER = ({"size": None, "groups": 1}, {"size": 100})
+
+
+@pytest.mark.parametrize("rest", [None, 24])
+def test_bytes_are_spent_by_retrieval_and_a_later_stage_gets_that_student(stage: Any, rest: int | None) -> None:
+    params = SelectParams(
+        cache_budget=0.355, cache_length=512, ladder=LADDER, rest=rest, criterion="retrieval", probe_window=20, rows=2
+    )
+    stage.params = replace(PARAMS, select=params)
+    metrics = select.run(stage)
+    settings, maps = after(stage)
+    student = linearize(byte_teacher(), settings)
+    load_feature_maps(student, maps)
+    found = json.loads((stage.out / "selection.json").read_text())
+    allocation = found["allocation"]
+    assert metrics["cache_ratio"] == allocation["bytes"] / allocation["teacher_bytes"] <= 0.355
+    assert [set(entry["losses"]) for entry in found["candidates"]] == [{"needle", "copy", "text"}] * 4
+    best = max(found["candidates"], key=lambda entry: entry["score"])
+    assert allocation["layers"][str(best["layer"])][best["group"]] == "all"
+    seen = [size for sizes in allocation["layers"].values() for size in sizes]
+    assert sorted(map(str, seen)) == sorted(map(str, ["all", 100, *["linear" if rest is None else rest] * 2]))
+    # A layer without any linear group has no maps.
+    linear = {layer for layer, sizes in allocation["layers"].items() if "linear" in sizes}
+    assert len(feature_maps(student)) == len(linear)
+    assert (stage.out / "allocation.png").is_file()
+    assert "allocation.png" in stage.figures
+
+
+@pytest.mark.parametrize("criterion", ["retrieval", "logit_kl", "greedy_kl"])
+def test_a_criterion_that_runs_the_teacher_is_refused_where_it_does_not_fit(
+    stage: Any, criterion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "device_memory", lambda device: 1e5)
+    stage.params = replace(PARAMS, select=SelectParams(softmax_budget={"heads": 0.25}, criterion=criterion))
+    with pytest.raises(UserError, match=f"does not fit the memory of cpu .* got {criterion}"):
+        select.run(stage)
 
 
 def test_a_damaged_selection_is_named(stage: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -128,6 +129,11 @@ def test_automodel_is_the_decoder_of_every_family(family: str, tmp_path: Path) -
     assert torch.equal(again(ids, mask).last_hidden_state, expected.last_hidden_state)
 
 
+def classifier_name(family: str) -> str:
+    """What transformers would call the family's classifier."""
+    return FAMILIES[family].classes[1].replace("ForCausalLM", "ForSequenceClassification")
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
 def test_a_classifier_has_the_student_s_decoder_wherever_the_family_has_a_classifier(
@@ -136,8 +142,8 @@ def test_a_classifier_has_the_student_s_decoder_wherever_the_family_has_a_classi
     model, ids = tiny_student(family), tokens(2, 20)
     model.save_pretrained(tmp_path)
     if "AutoModelForSequenceClassification" not in auto_classes(model.config):
-        assert family == "granite"
-        with pytest.raises(ValueError, match="LolcatsGraniteConfig"):
+        assert not hasattr(transformers, classifier_name(family))
+        with pytest.raises(ValueError, match=type(model.config).__name__):
             AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
         return
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
@@ -157,6 +163,15 @@ def test_every_class_is_made_from_a_configuration_too_one_without_an_attention_f
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
         auto.from_config(AutoConfig.from_pretrained(tmp_path))(tokens(1, 9))
         auto.from_pretrained(tmp_path)(tokens(1, 9))
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_every_trainable_parameter_of_a_loaded_student_has_a_gradient(auto: Any, tmp_path: Path) -> None:
+    """Or data-parallel training waits for one that never comes."""
+    tiny_student().save_pretrained(tmp_path)
+    model, ids = auto.from_pretrained(tmp_path).train(), tokens(2, 30)
+    model(ids, labels=ids if auto is AutoModelForCausalLM else torch.zeros(2, dtype=torch.long)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_a_softmax_class_refuses_a_student(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.decoding.state_size import state_size, teacher_size
 from lolcats_core.model.forward_context import HybridContext
 from lolcats_core.model.modeling import attention_layers
-from tests.core.tiny import MIXED, RINGS, decode, tiny_student, tiny_teacher, tokens
+from tests.core.tiny import MIXED, MIXTURE, RINGS, decode, tiny_student, tiny_teacher, tokens
 
 FOUR = {"num_attention_heads": 8, "num_key_value_heads": 4}
 # No layer is linearized: rings alone, two of them of one size.
@@ -100,6 +100,17 @@ def test_every_group_sees_its_own_window_whole_cut_padded_and_packed(seed: int) 
         part = [x[:, :, place] for x in (q, k, v)]
         alone = dense(*part, sizes, sinks, torch.ones(2, part[0].shape[2], dtype=torch.bool))
         torch.testing.assert_close(packed[:, place][:, :, heads], alone[:, :, heads])
+
+
+@torch.no_grad()
+def test_rings_stand_beside_groups_of_the_mixture_with_first_tokens_of_their_own() -> None:
+    settings = dataclasses.replace(
+        MIXTURE, softmax_layers=(0,), softmax_windows={0: {0: 10}, 2: {1: 17}}, softmax_sinks=2
+    )
+    model, ids = tiny_student(settings=settings), tokens(2, 41)
+    expected = model(ids, use_cache=False).logits
+    for split in (1, 9, 17, 30):
+        torch.testing.assert_close(decode(model, ids, split), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -14,10 +14,13 @@ from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.decoding.decode_graph import _Steps, graphed_decoding
 from lolcats_core.model.modeling import linearize
 
-# What a step may hold besides states: nothing, a growing layer and growing heads, or both with a window and sinks.
+# What a step may hold besides states: nothing, a growing layer and growing heads, both with a window and sinks, or with
+# windows of their own; and such windows without any state.
 KEPT = {"softmax_layers": (1,), "softmax_heads": {2: (1,)}}
-RECIPES = [{}, KEPT, {**KEPT, "softmax_window": 24, "softmax_sinks": 4}]
-IDS = ["linear", "growing", "bounded"]
+RINGS = {"softmax_windows": {1: {0: 24}, 2: {1: 40}}, "softmax_sinks": 4}
+ALONE = {"softmax_layers": (0, 1, 2), "softmax_windows": {0: {1: 24}, 1: {0: 24, 1: 9}, 2: {1: 40}}, "softmax_sinks": 4}
+RECIPES = [{}, KEPT, {**KEPT, "softmax_window": 24, "softmax_sinks": 4}, {**KEPT, **RINGS}, ALONE]
+IDS = ["linear", "growing", "bounded", "rings", "rings alone"]
 SHAPE = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
