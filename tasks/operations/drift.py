@@ -18,7 +18,7 @@ from lolcats_core.data.segments import RecordError
 from lolcats_core.data.sources import raw_records
 from lolcats_core.training.perplexity import perplexity
 from tasks.registry.promotion import CHAMPION
-from tasks.registry.versions import check_bytes, find_version, read_evaluation, stored_model
+from tasks.registry.versions import find_version, read_evaluation, stored_model
 from tasks.runner.mlflow_run import connect
 from tasks.runner.record_schemas import rejected_records
 
@@ -59,7 +59,6 @@ def measure(root: Path, params: Params) -> Drift:
     client, device = connect(root), resolve_device(params.compute.device)
     version = find_version(client, params.register.name, CHAMPION)
     with stored_model(client, version) as stored, tempfile.TemporaryDirectory() as temporary:
-        check_bytes(version, stored)
         path = stored / "artifacts" / "model"
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(
