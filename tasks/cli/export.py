@@ -15,6 +15,7 @@ import lolcats_core  # noqa: F401  (registers the model type)
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, read_json
 from lolcats_common.params import load_params, read_yaml
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.export.delta import ADAPTER, ADAPTER_CONFIG, DELTA, read_delta
 from tasks.registry import register
 from tasks.registry.versions import ARTIFACTS, version_files
@@ -88,6 +89,7 @@ def _write_delta(delta: Path, folder: Path) -> None:
 
 
 def _write_merged(model: Path, folder: Path, max_shard_size: str | None) -> None:
+    check_folder(model, str(model))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:

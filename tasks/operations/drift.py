@@ -11,6 +11,7 @@ from typing import Any
 from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.data.packing import DocumentPacker
 from lolcats_core.data.records import Encoder, detect_shape, documents_of, read_record
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
@@ -61,6 +62,7 @@ def measure(root: Path, params: Params) -> Drift:
     with stored_model(client, version) as stored, tempfile.TemporaryDirectory() as temporary:
         path = stored / "artifacts" / "model"
         tokenizer = AutoTokenizer.from_pretrained(path)
+        check_folder(path, f"version {version.version}")
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=resolve_dtype(params.compute.precision), use_safetensors=True
         )

@@ -70,9 +70,12 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
 
     Raises:
         Unavailable: MLflow or the DVC remote cannot be used.
-        UserError: the model is missing or not the one of the current inputs.
+        UserError: the model is missing, not the one of the current inputs, or a weight of it is no finite number.
     """
+    from lolcats_core.compute.numbers import check_folder
+
     lock = checked_lock(root)
+    check_folder(root / MODEL, MODEL)
     commit, dirty = git_state(root)
     key = {"git.commit": commit, "model.md5": _model_md5(lock)}
     client = connect(root)
