@@ -66,6 +66,8 @@ def export(
                 _write_merged(files["merged"], partial, max_shard_size)
             AutoTokenizer.from_pretrained(files["merged"]).save_pretrained(partial)
             model_card(facts).save(partial / CARD)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
