@@ -13,7 +13,12 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         # Values from files may hold line breaks and control characters; the message stays one readable line.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in redacted(message)))
+        super().__init__(printable(redacted(message)))
+
+
+def printable(text: str) -> str:
+    """Text as one line: line breaks and control characters as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class DivergedError(UserError):
@@ -22,6 +27,10 @@ class DivergedError(UserError):
 
 class Unavailable(UserError):
     """Something outside (a tracking server, a DVC remote) does not answer: the same call may succeed later."""
+
+
+class DiskRefused(UserError, OSError):
+    """The disk takes no more: it is full, a quota or a limit is reached, or it is read-only."""
 
 
 class ParamsError(UserError):

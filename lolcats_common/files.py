@@ -1,14 +1,17 @@
 """Writing so that a crash leaves the old content or the new, never a part: temporary name, fsync, rename.
 
 Reading JSON and YAML so that whatever stands there becomes a plain value or one line that a person can read.
+A disk that refuses is said in one line with the path, whichever library was writing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +19,17 @@ from typing import Any
 
 import yaml
 
-from lolcats_common.errors import ParamsError, UserError
+from lolcats_common.errors import DiskRefused, ParamsError, UserError
 
 # Aliases make a few lines stand for any number of values, and whatever reads nested values calls itself.
 MOST_VALUES, DEEPEST = 100_000, 32
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# How libraries that write by themselves say it: safetensors, then torch and numpy, which lose the reason, then sqlite.
+_REFUSED = re.compile(
+    rf"os error ({'|'.join(map(str, REFUSALS))})\b|PytorchStreamWriter failed writing|unexpected pos \d+"
+    r"|\d+ requested and \d+ written|database or disk is full"
+)
 
 
 def fsync_path(path: Path) -> None:
@@ -32,18 +42,48 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes its place when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def disk_refusals(path: Path) -> Iterator[None]:
+    """Raise `DiskRefused` with `path` where the block fails because the disk takes no more."""
     try:
-        yield partial
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_path(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise DiskRefused(f"{path}: {reason}; free space there and run the same command again") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Why the disk takes no more; None where that is not what happened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            return os.strerror(error.errno)
+        if match := _REFUSED.search(str(error)):
+            return os.strerror(int(match[1] or errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there takes its place when the block ends well.
+
+    Raises:
+        DiskRefused: the disk takes no more.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with disk_refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            fsync_path(partial)
+            partial.replace(path)
+            fsync_path(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -140,24 +180,28 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
     Whoever may read a file that this process makes may read those in it: safetensors writes its files for their owner
     alone.
+
+    Raises:
+        DiskRefused: the disk takes no more.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        permissions = partial.stat().st_mode & 0o666
-        for file in partial.rglob("*"):
-            file.chmod(file.stat().st_mode | permissions)
-            fsync_path(file)
-        fsync_path(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
-        fsync_path(path.parent)
-    finally:
+    with disk_refusals(path):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            permissions = partial.stat().st_mode & 0o666
+            for file in partial.rglob("*"):
+                file.chmod(file.stat().st_mode | permissions)
+                fsync_path(file)
+            fsync_path(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+            fsync_path(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256_file(path: Path | str) -> str:

@@ -173,12 +173,13 @@ class Teacher:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the files, after every byte of them was compared with the pin.
+        """Directory of the files, after every byte of them was compared with the pin and every weight is a number.
 
         Raises:
-            UserError: a file changed since the teacher was pinned.
+            UserError: a file changed since the teacher was pinned, or a tensor is no floating point, NaN or infinite.
         """
         _verify(self.pin, self._located)
+        _check_numbers(self.pin, self._located)
         return self._located
 
     @cached_property
@@ -239,6 +240,9 @@ class _Checked:
 
 
 def _check(params: TeacherParams, folder: Path) -> _Checked:
+    # torch takes seconds to load, and who only hashes a teacher's files does not need it.
+    from lolcats_core.compute.numbers import check_dtypes
+
     source = params.source
     if not folder.is_dir():
         raise UserError(f"teacher {source}: {folder.name} is missing from the installation; install the project again")
@@ -254,6 +258,7 @@ def _check(params: TeacherParams, folder: Path) -> _Checked:
     config = check_config(folder, source, params.trust_remote_code)
     names = weight_files(folder, source, listed)
     weights = check_weights(folder, names, source, declared_shapes(config, source, params.trust_remote_code))
+    check_dtypes((folder / name for name in names), f"teacher {source}")
     rows = weights.embedding_rows or int(config.vocab_size)
     check_tokenizer(folder, source, rows, params.trust_remote_code)
     small = [name for name in SMALL_FILES if name in listed]
@@ -267,7 +272,7 @@ def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
     checked = _check(params, folder)
     config, weights = checked.config, checked.weights
     files = _hashes(folder, checked.files)
-    return TeacherPin(
+    pin = TeacherPin(
         source=params.source,
         kind=kind,
         revision=params.revision if kind == "hub" else None,
@@ -283,6 +288,8 @@ def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
         bytes=weights.bytes,
         dtype=weights.dtype,
     )
+    _check_numbers(pin, folder)
+    return pin
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -297,6 +304,12 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
             found[name] = sha256_file(folder / name)
             shown.update(size // 2**20)
     return found
+
+
+def _check_numbers(pin: TeacherPin, folder: Path) -> None:
+    from lolcats_core.compute.numbers import check_numbers
+
+    check_numbers((folder / name for name in pin.files if name.endswith(".safetensors")), f"teacher {pin.source}")
 
 
 def _verify(pin: TeacherPin, folder: Path) -> None:

@@ -16,6 +16,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, read_json
 from lolcats_common.params import load_params, read_yaml
 from lolcats_common.sources import source_path
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.export.delta import ADAPTER, ADAPTER_CONFIG, DELTA, read_delta
 from tasks.registry import register
 from tasks.registry.versions import ARTIFACTS, version_files
@@ -66,6 +67,8 @@ def export(
                 _write_merged(files["merged"], partial, max_shard_size)
             AutoTokenizer.from_pretrained(files["merged"]).save_pretrained(partial)
             model_card(facts).save(partial / CARD)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -89,6 +92,7 @@ def _write_delta(delta: Path, folder: Path) -> None:
 
 
 def _write_merged(model: Path, folder: Path, max_shard_size: str | None) -> None:
+    check_folder(model, str(model))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ NEUTRAL = {
     "lolcats_common/records.py",
     "lolcats_common/sources.py",
     "lolcats_core/compute/device.py",
+    "lolcats_core/compute/numbers.py",
     "lolcats_common/training_params.py",
     "tasks/reporting/figures.py",
     "tasks/runner/logs.py",
