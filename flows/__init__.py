@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lolcats_common.project import find_root
+from lolcats_common.secrets import keep_secrets
 
 
 def project_root() -> Path:
@@ -25,3 +26,5 @@ for _name, _value in {
     "DO_NOT_TRACK": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+keep_secrets()  # in a worker's process too, which Prefect starts and whose log its server keeps

@@ -33,7 +33,7 @@ from tasks.runner.logs import setup_logging
 from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, connect, first_line
 from tasks.runner.processes import exit_with_supervisor
 from tasks.runner.servers import require_answer
-from tasks.versioning import dvc_graph, worktrees
+from tasks.versioning import confinement, dvc_graph, worktrees
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def linearize(preset: str | None = None, set: dict[str, Any] | None = None, regi
     """
     root = project_root()
     if runtime.deployment.id:
-        worktrees.check_allowed_sources(root, set)
+        confinement.check_allowed(root, preset, set)
     return pipeline(root, "linearize", worktrees.workplace(root, preset, set), register=register)
 
 

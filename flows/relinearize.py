@@ -15,7 +15,7 @@ from flows.linearize import pipeline
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, load_params
 from tasks.operations import relinearization
-from tasks.versioning import worktrees
+from tasks.versioning import confinement
 
 if TYPE_CHECKING:
     from tasks.operations.drift import Drift
@@ -50,7 +50,7 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, re
     if restarts > RESTARTS:
         raise UserError(f"given up after {RESTARTS} restarts, each of which crashed; look at them and start it by hand")
     if runtime.deployment.id:
-        worktrees.check_allowed_sources(root, set)
+        confinement.check_allowed(root, preset, set)
     worktree = _prepare(root, preset, set)
     found = _changes(root, worktree)
     if not found:

@@ -1,17 +1,35 @@
-"""Writing so that a crash leaves the old content or the new, never a part: temporary name, fsync, rename."""
+"""Writing so that a crash leaves the old content or the new, never a part: temporary name, fsync, rename.
+
+Reading JSON and YAML so that whatever stands there becomes a plain value or one line that a person can read.
+A disk that refuses is said in one line with the path, whichever library was writing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lolcats_common.errors import UserError
+import yaml
+
+from lolcats_common.errors import DiskRefused, ParamsError, UserError
+
+# Aliases make a few lines stand for any number of values, and whatever reads nested values calls itself.
+MOST_VALUES, DEEPEST = 100_000, 32
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# How libraries that write by themselves say it: safetensors, then torch and numpy, which lose the reason, then sqlite.
+_REFUSED = re.compile(
+    rf"os error ({'|'.join(map(str, REFUSALS))})\b|PytorchStreamWriter failed writing|unexpected pos \d+"
+    r"|\d+ requested and \d+ written|database or disk is full"
+)
 
 
 def fsync_path(path: Path) -> None:
@@ -24,18 +42,48 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes its place when the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+def disk_refusals(path: Path) -> Iterator[None]:
+    """Raise `DiskRefused` with `path` where the block fails because the disk takes no more."""
     try:
-        yield partial
-        fsync_path(partial)
-        partial.replace(path)
-        fsync_path(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise DiskRefused(f"{path}: {reason}; free space there and run the same command again") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Why the disk takes no more; None where that is not what happened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            return os.strerror(error.errno)
+        if match := _REFUSED.search(str(error)):
+            return os.strerror(int(match[1] or errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what is written there takes its place when the block ends well.
+
+    Raises:
+        DiskRefused: the disk takes no more.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with disk_refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            fsync_path(partial)
+            partial.replace(path)
+            fsync_path(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -69,30 +117,91 @@ def read_json(path: Path, remedy: str) -> Any:
     return value
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``2024-01-02`` as text: no parameter is a date, and a commit or a name may look like one."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def load_yaml(text: str, named: str) -> Any:
+    """The plain values of a YAML text, no more of them than a file of parameters holds; `named`: what errors call it.
+
+    Raises:
+        ParamsError: it is not YAML, has a number of too many digits, is nested too deeply or stands for too much.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _measure(node, 1, {}, named)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{named} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    except RecursionError:
+        raise _too_deep(named) from None
+    except ParamsError:
+        raise
+    except ValueError as error:  # Python reads no number of more than 4300 digits, and no day 45 of a month
+        raise ParamsError(f"{named} holds a value that cannot be read: {str(error).partition(';')[0]}") from None
+
+
+def _too_deep(named: str) -> ParamsError:
+    return ParamsError(f"{named} must be nested at most {DEEPEST} deep")
+
+
+def _measure(node: Any, depth: int, known: dict[int, tuple[int, int]], named: str) -> tuple[int, int]:
+    """How many values a node stands for, each alias counted as what it names, and how deep they are nested."""
+    if depth > DEEPEST:
+        raise _too_deep(named)
+    if id(node) not in known:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        below = [_measure(part, depth + 1, known, named) for part in parts]
+        known[id(node)] = 1 + sum(size for size, _ in below), 1 + max((height for _, height in below), default=0)
+    size, height = known[id(node)]
+    if size > MOST_VALUES:
+        raise ParamsError(f"{named} must stand for at most {MOST_VALUES} values, aliases counted as what they name")
+    if depth - 1 + height > DEEPEST:
+        raise _too_deep(named)
+    return size, height
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """Yields an empty temporary directory beside `path` that replaces it when the block ends well.
 
     Whoever may read a file that this process makes may read those in it: safetensors writes its files for their owner
     alone.
+
+    Raises:
+        DiskRefused: the disk takes no more.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        permissions = partial.stat().st_mode & 0o666
-        for file in partial.rglob("*"):
-            file.chmod(file.stat().st_mode | permissions)
-            fsync_path(file)
-        fsync_path(partial)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
-        fsync_path(path.parent)
-    finally:
+    with disk_refusals(path):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            permissions = partial.stat().st_mode & 0o666
+            for file in partial.rglob("*"):
+                file.chmod(file.stat().st_mode | permissions)
+                fsync_path(file)
+            fsync_path(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+            fsync_path(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256_file(path: Path | str) -> str:

@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from lolcats_common.errors import ParamsError
+from lolcats_common.errors import ParamsError, shown
 from lolcats_common.errors import require as _require
+from lolcats_common.files import DEEPEST, load_yaml
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.operation_params import GatesParams, RelinearizeParams
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 
 PRESETS = Path(__file__).parents[1] / "presets"
+# A path may be so long. Lone surrogates stand for bytes of a command line that are not UTF-8.
+_LONGEST, _UNPRINTABLE = 4096, re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ class RegisterParams:
 
     def __post_init__(self) -> None:
         for key, value in (("name", self.name), ("alias", self.alias)):
-            clean = bool(value.strip()) and not any(c in value for c in '/:."%"')
-            _require(clean, f"`{key}` must be a name without / : . % or quotes", value)
+            # MLflow's address, filters and folders are made of it.
+            clean = len(value) <= 100 and re.fullmatch(r"\w([\w +-]*\w)?", value)
+            _require(bool(clean), f"`{key}` must be a name of at most 100 letters, digits, spaces, + _ or -", value)
         # The gates and the promotion alone move these; a number, or v with one, is MLflow's way to name a version.
         free = self.alias.lower() not in RESERVED_ALIASES and not re.fullmatch(r"[vV]?\d+", self.alias)
         reserved = ", ".join(RESERVED_ALIASES)
@@ -213,24 +215,27 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ParamsError(f"{path}: is a directory, a YAML file was expected") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path}: not UTF-8 at byte {error.start}") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = load_yaml(text, f"{path}")
     if not isinstance(values, dict):
         raise ParamsError(f"{path}: must hold a mapping of sections, got {type(values).__name__}")
     return values
 
 
-def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A copy of nested `values` with overrides laid over it; keys may be dotted (``transfer.lr``) or nested."""
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """A copy of nested `values` with overrides laid over it; keys may be dotted (``transfer.lr``) or nested.
+
+    Raises:
+        ParamsError: they are nested deeper (`depth`) than any parameter.
+    """
+    if depth > DEEPEST:
+        raise ParamsError(f"overrides must be nested at most {DEEPEST} deep")
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
     for key, value in overrides.items():
         section, _, rest = str(key).partition(".")
         if rest:
             value = {rest: value}
         if isinstance(value, dict) and isinstance(merged.get(section, {}), dict):
-            merged[section] = apply_overrides(merged.get(section, {}), value)
+            merged[section] = apply_overrides(merged.get(section, {}), value, depth + 1)
         else:
             merged[section] = value
     return merged
@@ -247,10 +252,7 @@ def read_assignments(entries: Iterable[str]) -> dict[str, Any]:
         key, equals, text = entry.partition("=")
         if not equals or not key.strip():
             raise ParamsError(f"`--set` takes KEY=VALUE, such as transfer.lr=0.005, got {entry!r}")
-        try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ParamsError(f"`--set {key.strip()}`: the value is not valid YAML, got {text!r}") from None
+        values[key.strip()] = load_yaml(text, f"`--set {key.strip()}`: the value")
     return values
 
 
@@ -266,7 +268,7 @@ def read_preset(name: str) -> dict[str, Any]:
         ParamsError: no preset has that name.
     """
     known = presets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ParamsError(f"unknown preset {name!r}{_nearest(name, known)}; presets: {', '.join(known)}")
     values = read_yaml(known[name])
     return apply_overrides(read_yaml(PRESETS / f"{values.pop('extends')}.yaml"), values)
@@ -296,7 +298,7 @@ def _build(cls: type, values: Any, path: str, source: str) -> Any:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise ParamsError(f"{source}: `{path}` must be a mapping, got {values!r}")
+        raise ParamsError(f"{source}: `{path}` must be a mapping, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
@@ -318,7 +320,7 @@ def _build(cls: type, values: Any, path: str, source: str) -> Any:
 
 def _coerce(hint: Any, value: Any, path: str, source: str) -> Any:
     def refuse(expected: str) -> ParamsError:
-        return ParamsError(f"{source}: `{path}` must be {expected}, got {value!r}")
+        return ParamsError(f"{source}: `{path}` must be {expected}, got {shown(value)}")
 
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -347,16 +349,20 @@ def _coerce(hint: Any, value: Any, path: str, source: str) -> Any:
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise refuse("a whole number")
+        if not -(2**63) <= value < 2**63:
+            raise refuse("a whole number of at most 64 bits")
         return value
     if hint is float:
         # PyYAML reads 1e-2 (no dot) as a string; a person means a number.
         try:
             number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or number != number or number in (float("inf"), float("-inf")):
             raise refuse("a finite number")
         return number
     if not isinstance(value, str):
         raise refuse("text")
+    if len(value) > _LONGEST or _UNPRINTABLE.search(value):
+        raise refuse(f"text of at most {_LONGEST} characters, without line breaks and control characters, in UTF-8")
     return value

@@ -1,12 +1,15 @@
 """What the names in `teacher.source` and `data.source` stand for, told without reading what lies there.
 
-Nothing but the standard library is needed, so a wrong name is refused before torch is imported or anything is started.
+`source_path` alone says where a source lies: what checks a source and what reads it see the same path. Nothing but the
+standard library is needed, so a wrong name is refused before torch is imported or anything is started.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +19,51 @@ from lolcats_common.params import DataParams, Params, TeacherParams
 BUILTIN = "builtin"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# `datasets` takes a name without an owner, such as text or pandas, for a way to read whatever lies in this directory.
+_DATASET_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # what Linux takes
+
+
+def source_path(source: str, root: Path) -> Path:
+    """Where a source lies that is a path or a glob: absolute, with ``~`` expanded and ``..`` taken away.
+
+    Nothing has to be there; ``builtin`` and a hub id have such a path too, at which nothing is.
+
+    Raises:
+        UserError: it names a user who is unknown, or can be no path.
+    """
+    try:
+        path = Path(os.path.normpath(root.absolute() / Path(source).expanduser()))
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+    except RuntimeError:
+        raise UserError(f"source {source}: there is no user {Path(source).parts[0]}; give the path itself") from None
+    except UnicodeEncodeError:
+        raise UserError(f"source {source}: a path must be UTF-8; rename the file") from None
+    if "\0" in source:
+        raise UserError(f"source {source}: a path must not hold a NUL")
+    if longest > _NAME_BYTES or len(str(path).encode()) > _PATH_BYTES:
+        shown = source if len(source) <= 80 else source[:80] + "…"
+        raise UserError(
+            f"source {shown}: a path must have at most {_PATH_BYTES} bytes and {_NAME_BYTES} in each name, "
+            f"got {len(str(path).encode())} and {longest}"
+        )
+    return path
+
+
+def is_glob(source: str) -> bool:
+    """Whether a source holds what stands for several files."""
+    return any(c in source for c in "*?[")
+
+
+def _what_is_at(path: Path, named: str) -> Literal["directory", "file", "special"] | None:
+    """What lies at a path, links followed; None for nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{named} cannot be read: {error.strerror}") from None
+    return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "special"
 
 
 def check_sources(params: Params, root: Path) -> None:
@@ -39,12 +87,13 @@ def find_teacher(params: TeacherParams, root: Path) -> tuple[Literal["builtin", 
         UserError: it can be none of the three.
     """
     source = params.source
-    folder = root / Path(source).expanduser()
+    folder = source_path(source, root)
     if source == BUILTIN:
         return "builtin", folder
-    if folder.is_dir():
+    found = _what_is_at(folder, f"teacher {source}")
+    if found == "directory":
         return "directory", folder
-    if folder.exists():
+    if found:
         raise UserError(f"teacher {source} is a file; `teacher.source` takes the directory that holds config.json")
     if difflib.get_close_matches(source, [BUILTIN]):
         raise UserError(f"teacher {source}: no such directory; did you mean `builtin`?")
@@ -80,17 +129,22 @@ def find_text(params: DataParams, root: Path) -> list[Path] | None:
     source, revision = params.source, params.revision
     if source == BUILTIN:
         return None
-    path = root / Path(source).expanduser()
-    if path.exists():
+    path = source_path(source, root)
+    found = _what_is_at(path, f"`data.source`: {source}")
+    if found == "special":
+        raise UserError(f"`data.source`: {source} must be a file or a directory, not a device, a pipe or a socket")
+    if found:
         return [path]
-    if any(c in source for c in "*?["):
-        anchor = Path(path.anchor) if Path(source).expanduser().is_absolute() else root
-        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
-        if not found:
+    if is_glob(source):
+        if any("**" in part and part != "**" for part in path.parts):
+            raise UserError(f"`data.source`: ** must stand alone between slashes, as in data/**/*.jsonl, got {source}")
+        anchor = root.absolute() if path.is_relative_to(root.absolute()) else Path(path.anchor)
+        files = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
+        if not files:
             raise UserError(f"`data.source`: nothing matches {source}")
-        return found
-    if not _HUB_ID.fullmatch(source):
-        raise UserError(f"`data.source`: {source} does not exist")
+        return files
+    if not _DATASET_ID.fullmatch(source):
+        raise UserError(f"`data.source`: {source} does not exist, and is no Hugging Face dataset id (owner/name)")
     if revision is None or not COMMIT.fullmatch(revision):
         raise UserError(
             f"`data.source`: {source} does not exist; of the Hugging Face dataset {source}, `data.revision` must be a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lolcats_common.errors import printable
 from lolcats_common.records import Measured
 
 LARGE = 1000  # from here on, digits after the point say nothing
@@ -32,9 +33,9 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "right") -> str:
-    """A table whose first column is text; `align` says where the cells of the others stand."""
+    """A table whose first column is text; `align` says where the cells of the others stand. No cell breaks its row."""
     from tabulate import tabulate
 
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    cells = [[printable(str(cell)).replace("|", "\\|") for cell in row] for row in rows]
     columns = ("left", *[align] * (len(header) - 1))
     return tabulate(cells, header, tablefmt="pipe", colalign=columns, disable_numparse=True)

@@ -29,6 +29,9 @@ UTF8 = "utf-8-sig"
 _LONG_TEXT = 1 << 16  # bytes from which a .txt file is cut into documents
 _CHUNK = 1 << 20  # bytes that are read at a time
 _ROWS, _ROW_BYTES = 64, 1 << 22  # of a Parquet file: most rows at a time, and bytes of them
+# Most bytes that a batch of a Parquet file may decode to. A value that a dictionary holds once stands in every row, and
+# a page of one letter takes next to nothing in the file; no text that people wrote is packed a thousandfold.
+_DECODED_BYTES, _PACKED = 1 << 26, 1000
 # What means something in JSON outside a string, and inside one.
 _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')
 
@@ -228,8 +231,9 @@ def _parquet_records(file: Path) -> Iterator[RawRecord]:
         parquet = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False)
         groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
         largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-        rows = min(_ROWS, max(1, _ROW_BYTES // max(largest, 1)))
         columns = [name for name in parquet.schema_arrow.names if name in COLUMNS] or None
+        repeated = _largest_dictionary(file, groups, columns)
+        rows = min(_ROWS, max(1, _ROW_BYTES // max(largest, 1)), max(1, _DECODED_BYTES // max(repeated, 1)))
         for batch in parquet.iter_batches(batch_size=rows, columns=columns):
             for index in range(batch.num_rows):
                 number += 1
@@ -240,6 +244,27 @@ def _parquet_records(file: Path) -> Iterator[RawRecord]:
                     yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
+
+
+def _largest_dictionary(file: Path, groups: list[Any], columns: list[str] | None) -> int:
+    """Most bytes that one row can take because its values stand in a dictionary, from the file's footer alone.
+
+    Raises:
+        UserError: a column decodes to so much more than the file holds that it is no text.
+    """
+    largest = 0
+    for group in groups:
+        chunks = [group.column(index) for index in range(group.num_columns)]
+        chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
+        for chunk in chunks:
+            size, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
+            if size > max(_DECODED_BYTES, _PACKED * packed):
+                raise UserError(
+                    f"`data.source`: {file} is refused: {packed} bytes of its column {chunk.path_in_schema} decode to"
+                    f" {size}; a column may be packed at most {_PACKED} times"
+                )
+        largest = max(largest, sum(chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page))
+    return largest
 
 
 def without_gaps(fields: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,10 @@ def local_files(params: DataParams, root: Path) -> list[Path] | None:
     if not found:
         raise UserError(f"`data.source`: {source} holds no {', '.join(SUFFIXES)} file")
     for file in found:
+        try:
+            file.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"`data.source`: the name {file.name} is not UTF-8; rename the file") from None
         if suffix_of(file) is None:
             raise UserError(f"`data.source`: {file.name} must end in {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda file: (_name_hash(file.name) if file.suffix in TEXT_SUFFIXES else "", file))

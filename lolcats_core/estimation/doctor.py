@@ -12,7 +12,7 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
-from lolcats_common.sources import COMMIT, find_teacher, find_text
+from lolcats_common.sources import COMMIT, find_teacher, find_text, source_path
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.estimation.memory import (
     GIB,
@@ -59,7 +59,7 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
         UserError: its config.json is damaged, or its architecture cannot be linearized.
     """
     source = params.teacher.source
-    folder = BUILTIN if source == "builtin" else root / Path(source).expanduser()
+    folder = BUILTIN if source == "builtin" else source_path(source, root)
     config = folder / "config.json"
     if not config.is_file() and source not in KNOWN_MODELS and _may_be_on_the_hub(source):
         from huggingface_hub import try_to_load_from_cache
@@ -194,7 +194,7 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
 
 def _disk(params: Params, shape: ModelShape, root: Path) -> Finding:
     wide = 2 if params.compute.precision == "bfloat16" else 4
-    here = params.teacher.source == "builtin" or (root / Path(params.teacher.source).expanduser()).exists()
+    here = params.teacher.source == "builtin" or source_path(params.teacher.source, root).exists()
     download = 0 if here else 2
     # The merged student lies in outputs/, in DVC's cache and in the registry's artifacts.
     need = shape.parameters * (download + 3 * wide)

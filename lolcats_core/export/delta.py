@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, write_json
 from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.sources import source_path
+from lolcats_core.compute.numbers import check_numbers
 from lolcats_core.model.families import PREFIX
 from lolcats_core.model.map_files import check_settings
 from lolcats_core.model.modeling import linearize, tied_head
@@ -126,7 +128,7 @@ def read_delta(folder: Path | str) -> Delta:
     """What is written in ``folder/delta.json``.
 
     Raises:
-        UserError: it or the adapter is missing or damaged.
+        UserError: it or the adapter is missing or damaged, or a weight of the adapter is no finite number.
     """
     folder = Path(folder)
     for name in (DELTA, ADAPTER_CONFIG, ADAPTER):
@@ -144,6 +146,7 @@ def read_delta(folder: Path | str) -> Delta:
         raise UserError(f"{folder}: {DELTA} is damaged ({reason}); copy the delta again") from None
     if changed:
         raise UserError(f"{folder}: {changed[0]} is not the file that {DELTA} was written for; copy the delta again")
+    check_numbers([folder / ADAPTER], str(folder))
     return delta
 
 
@@ -203,7 +206,7 @@ def load_delta(
 
 def _pinned(folder: Path, delta: Delta) -> Path:
     """The directory of the base that the delta names."""
-    if delta.base.kind == "directory" and not Path(delta.base.source).expanduser().is_dir():
+    if delta.base.kind == "directory" and not source_path(delta.base.source, Path.cwd()).is_dir():
         raise UserError(
             f"{folder} belongs on {_name(delta)}, which is not at that path here; give its directory as `base`"
         )

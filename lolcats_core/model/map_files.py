@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_file
 from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.compute.numbers import check_finite
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
 
 # Settings that decide where training starts and nothing after it.
@@ -81,7 +82,7 @@ def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, t
         settings: the values of the `LinearizeConfig` that they must have been made with.
 
     Raises:
-        UserError: the file is missing or damaged, or was made with other settings.
+        UserError: the file is missing or damaged, holds NaN or infinite values, or was made with other settings.
     """
     try:
         tensors = load_file(path)
@@ -94,6 +95,7 @@ def read_feature_maps(path: Path | str, settings: dict[str, Any]) -> dict[str, t
     except (KeyError, ValueError):
         raise UserError(f"{path}: no `linearize` settings in it; not written by `save_feature_maps`") from None
     check_settings(made, settings, path, NOT_OF_MAPS)
+    check_finite(tensors, str(path))
     return tensors
 
 

@@ -14,6 +14,7 @@ of the machine may have left half-written is known by the machine's boot id, and
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lolcats_common.errors import UserError
+from lolcats_common.files import REFUSALS, disk_refusals
 from lolcats_core.streaming.copies import Reader, Writer, page_lock
 
 DATA, PROGRESS = "hidden.bin", "hidden.json"
@@ -103,8 +105,10 @@ class HiddenBuffer:
                 f"the hidden states of {self.rows} rows need {size / 2**30:.1f} GiB, but {folder} has"
                 f" {free / 2**30:.1f} GiB free; free space or lower `data.max_train_tokens`"
             )
-        with data.open("wb") as file:
+        with disk_refusals(data), data.open("wb") as file:
             file.truncate(size)
+            # A disk that fills up later would end the process by SIGBUS in the middle of a layer.
+            _reserve(file.fileno(), size)
 
     def remove(self) -> None:
         """Delete the file, if there is one."""
@@ -156,6 +160,16 @@ class HiddenBuffer:
         return (block - layer) % (self.blocks + 1) * self.block + within
 
 
+def _reserve(file: int, size: int) -> None:
+    try:
+        os.posix_fallocate(file, 0, size)
+    except AttributeError:  # macOS has no such call
+        pass
+    except OSError as error:
+        if error.errno in REFUSALS:
+            raise
+
+
 def _boot_id() -> str:
     """Changes when the machine starts anew; one value where that cannot be told."""
     try:
@@ -167,8 +181,9 @@ def _boot_id() -> str:
 def _write(path: Path, state: dict[str, Any]) -> None:
     """The counter, whole or not at all; not forced onto the disk, which would force the rows too."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(state), encoding="utf-8")
-    partial.replace(path)
+    with disk_refusals(path):
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

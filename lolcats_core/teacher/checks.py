@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lolcats_common.errors import UserError
+from lolcats_common.errors import UserError, shown
 from lolcats_core.model.families import FAMILIES, PREFIX, refusal
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,6 +28,19 @@ SMALL_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+# Bits of a value by safetensors' name of its dtype.
+_BITS = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16},
+    **{"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64},
+}
+# Of a configuration: what counts something, and the most of it. Reading one makes a list with an entry per layer.
+_COUNTS = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1024),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), 2**16),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 2**24),
+}
+# Any other name may be that of a repository on the hub, whose code transformers would fetch and run.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EMBEDDINGS = tuple({f"{family.embedding}.weight" for family in FAMILIES.values()})
 
@@ -49,6 +63,8 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"teacher {source}: {path.name} is nested too deeply; fetch or copy it again") from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"teacher {source}: {path.name} is missing") from None
     except (ValueError, OSError) as error:
@@ -76,6 +92,7 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
         raise UserError(f"teacher {source}: {reason}")
     if raw.get("quantization_config"):
         raise UserError(f"teacher {source}: quantized weights cannot be linearized; give the unquantized model")
+    _check_values(raw, source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -84,6 +101,40 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     if reason is not None:
         raise UserError(f"teacher {source}: {reason}")
     return config
+
+
+def _check_values(raw: dict[str, Any], source: str) -> None:
+    """Refuse what would cost memory, time or a download before transformers reads the configuration."""
+    for name, most in _COUNTS.items():
+        value = raw.get(name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= most):
+            limit = f"a whole number from 1 to {most}"
+            raise UserError(f"teacher {source}: `{name}` in config.json must be {limit}, got {shown(value)}")
+    for name, value in raw.items():
+        if name.endswith("attn_implementation") and value not in _ATTENTIONS:
+            known = ", ".join(filter(None, _ATTENTIONS))
+            raise UserError(f"teacher {source}: `{name}` in config.json must be one of {known}, got {shown(value)}")
+
+
+def declared_shapes(config: Any, source: str, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the model that the configuration describes; none of them takes memory.
+
+    Raises:
+        UserError: it describes no model that can be made.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise UserError(f"teacher {source}: config.json describes no model that can be made ({reason})") from None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
@@ -141,28 +192,41 @@ def read_header(path: Path, source: str) -> dict[str, Any]:
         raise UserError(f"teacher {source}: {path.name} cannot be read ({error.strerror})") from None
     except UserError:
         raise
-    except ValueError:
+    except (ValueError, RecursionError):
         raise damaged("its header is not JSON") from None
-    try:
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        well_formed = all(isinstance(entry["dtype"], str) for entry in tensors.values()) and all(
-            isinstance(n, int) for entry in tensors.values() for n in entry["shape"]
-        )
-    except (AttributeError, KeyError, TypeError, IndexError):
-        raise damaged("its header is malformed") from None
-    if not tensors or not well_formed:
+    if not isinstance(header, dict):
+        raise damaged("its header is malformed")
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: _offsets(item[1])):
+        begin, after = _offsets(entry)
+        dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)) or after < begin:
+            raise damaged("its header is malformed")
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise damaged(f"the dtype of {name} is {shown(dtype)}")
+        if begin != end or (after - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+            raise damaged(f"the bytes of {name} are not those of its shape, or of another tensor too")
+        end = after
+    if not tensors:
         raise damaged("its header is malformed")
     if end != size - 8 - length:
         raise damaged(f"{size} bytes, its header says {end + 8 + length}")
     return tensors
 
 
-def check_weights(folder: Path, names: list[str], source: str) -> Weights:
-    """Read every header and compare with the index.
+def _offsets(entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end; (-1, -1), where none can lie, if the entry does not say so."""
+    found = entry.get("data_offsets") if isinstance(entry, dict) else None
+    whole = isinstance(found, list) and len(found) == 2 and all(type(n) is int for n in found)
+    return (found[0], found[1]) if whole and found else (-1, -1)
+
+
+def check_weights(folder: Path, names: list[str], source: str, declared: Mapping[str, tuple[int, ...]]) -> Weights:
+    """Read every header and compare with the index and with the shapes that the configuration declares.
 
     Raises:
-        UserError: a file is damaged, or a tensor that the index names is not in its file.
+        UserError: a file is damaged, a tensor that the index names is not in its file, or has another shape.
     """
     headers = {name: read_header(folder / name, source) for name in names}
     if (folder / INDEX).is_file() and names != [WEIGHTS]:
@@ -173,6 +237,12 @@ def check_weights(folder: Path, names: list[str], source: str) -> Weights:
     rows = None
     for tensors in headers.values():
         for name, entry in tensors.items():
+            shape = tuple(entry["shape"])
+            if declared.get(name, shape) != shape:
+                raise UserError(
+                    f"teacher {source}: {name} has shape {list(shape)}, config.json says {list(declared[name])}; they"
+                    " do not belong together: fetch or copy both again"
+                )
             sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + math.prod(entry["shape"])
             if name.endswith(_EMBEDDINGS) and len(entry["shape"]) == 2:
                 rows = entry["shape"][0]

@@ -10,7 +10,7 @@ from typing import NoReturn
 from lolcats_common.errors import UserError
 from lolcats_common.params import TeacherParams
 from lolcats_common.sources import COMMIT
-from lolcats_core.teacher.checks import INDEX, SMALL_FILES, check_config, check_tokenizer, weight_files
+from lolcats_core.teacher.checks import INDEX, SMALL_FILES, check_config, check_tokenizer, declared_shapes, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def fetch(params: TeacherParams) -> Path:
     if "config.json" not in listed:
         raise UserError(f"teacher {source}: config.json is missing at {revision[:12]}; is it a transformers model?")
     config = check_config(folder, source, params.trust_remote_code)
+    declared_shapes(config, source, params.trust_remote_code)
     names = weight_files(folder, source, listed)
     check_tokenizer(folder, source, int(config.vocab_size), params.trust_remote_code)
     logger.info("teacher %s: fetching %d files of weights where they are not cached", source, len(names))

@@ -18,7 +18,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.files import sha256_file, sha256_json, write_json
 from lolcats_common.params import TeacherParams
 from lolcats_common.progress import progress
-from lolcats_common.sources import find_teacher
+from lolcats_common.sources import find_teacher, source_path
 from lolcats_core.teacher import hub
 from lolcats_core.teacher.checks import (
     INDEX,
@@ -28,6 +28,7 @@ from lolcats_core.teacher.checks import (
     check_config,
     check_tokenizer,
     check_weights,
+    declared_shapes,
     weight_files,
 )
 
@@ -127,7 +128,7 @@ def locate(pin: TeacherPin, root: Path) -> Path:
         return BUILTIN
     if pin.kind == "hub":
         return hub.snapshot(pin.source, str(pin.revision), sorted(pin.files))
-    folder = root / Path(pin.source).expanduser()
+    folder = source_path(pin.source, root)
     if not folder.is_dir():
         raise UserError(f"teacher {pin.source}: the directory is gone; put it back or change `teacher.source`")
     return folder
@@ -172,12 +173,13 @@ class Teacher:
 
     @cached_property
     def folder(self) -> Path:
-        """Directory of the files, after every byte of them was compared with the pin.
+        """Directory of the files, after every byte of them was compared with the pin and every weight is a number.
 
         Raises:
-            UserError: a file changed since the teacher was pinned.
+            UserError: a file changed since the teacher was pinned, or a tensor is no floating point, NaN or infinite.
         """
         _verify(self.pin, self._located)
+        _check_numbers(self.pin, self._located)
         return self._located
 
     @cached_property
@@ -238,16 +240,25 @@ class _Checked:
 
 
 def _check(params: TeacherParams, folder: Path) -> _Checked:
+    # torch takes seconds to load, and who only hashes a teacher's files does not need it.
+    from lolcats_core.compute.numbers import check_dtypes
+
     source = params.source
     if not folder.is_dir():
         raise UserError(f"teacher {source}: {folder.name} is missing from the installation; install the project again")
     try:
-        listed = {path.name for path in folder.iterdir() if path.is_file()}
+        entries = list(folder.iterdir())
+        listed = {path.name for path in entries if path.is_file()}
+        # Whoever opens a pipe that nobody writes waits for ever.
+        special = [path.name for path in entries if path.exists() and not path.is_file() and not path.is_dir()]
     except OSError as error:
         raise UserError(f"teacher {source}: the directory cannot be read ({error.strerror})") from None
+    if special:
+        raise UserError(f"teacher {source}: {special[0]} must be a file, not a device, a pipe or a socket")
     config = check_config(folder, source, params.trust_remote_code)
     names = weight_files(folder, source, listed)
-    weights = check_weights(folder, names, source)
+    weights = check_weights(folder, names, source, declared_shapes(config, source, params.trust_remote_code))
+    check_dtypes((folder / name for name in names), f"teacher {source}")
     rows = weights.embedding_rows or int(config.vocab_size)
     check_tokenizer(folder, source, rows, params.trust_remote_code)
     small = [name for name in SMALL_FILES if name in listed]
@@ -261,7 +272,7 @@ def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
     checked = _check(params, folder)
     config, weights = checked.config, checked.weights
     files = _hashes(folder, checked.files)
-    return TeacherPin(
+    pin = TeacherPin(
         source=params.source,
         kind=kind,
         revision=params.revision if kind == "hub" else None,
@@ -277,6 +288,8 @@ def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
         bytes=weights.bytes,
         dtype=weights.dtype,
     )
+    _check_numbers(pin, folder)
+    return pin
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -291,6 +304,12 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
             found[name] = sha256_file(folder / name)
             shown.update(size // 2**20)
     return found
+
+
+def _check_numbers(pin: TeacherPin, folder: Path) -> None:
+    from lolcats_core.compute.numbers import check_numbers
+
+    check_numbers((folder / name for name in pin.files if name.endswith(".safetensors")), f"teacher {pin.source}")
 
 
 def _verify(pin: TeacherPin, folder: Path) -> None:

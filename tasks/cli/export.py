@@ -15,6 +15,8 @@ import lolcats_core  # noqa: F401  (registers the model type)
 from lolcats_common.errors import UserError
 from lolcats_common.files import atomic_directory, read_json
 from lolcats_common.params import load_params, read_yaml
+from lolcats_common.sources import source_path
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.export.delta import ADAPTER, ADAPTER_CONFIG, DELTA, read_delta
 from tasks.registry import register
 from tasks.registry.versions import ARTIFACTS, version_files
@@ -65,6 +67,8 @@ def export(
                 _write_merged(files["merged"], partial, max_shard_size)
             AutoTokenizer.from_pretrained(files["merged"]).save_pretrained(partial)
             model_card(facts).save(partial / CARD)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     return folder
@@ -88,6 +92,7 @@ def _write_delta(delta: Path, folder: Path) -> None:
 
 
 def _write_merged(model: Path, folder: Path, max_shard_size: str | None) -> None:
+    check_folder(model, str(model))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
@@ -118,7 +123,7 @@ def _licence(root: Path, teacher: Mapping[str, Any]) -> str | None:
     if teacher.get("kind") == "hub":
         found = try_to_load_from_cache(source, CARD, revision=revision)
     else:
-        found = root / Path(source).expanduser() / CARD
+        found = source_path(source, root) / CARD
     try:
         return ModelCard.load(found).data.license if isinstance(found, str | Path) else None
     except (OSError, ValueError):

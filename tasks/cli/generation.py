@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from lolcats_common.errors import UserError
 from lolcats_core import HybridCache, graphed_decoding, load_delta
 from lolcats_core.compute.device import resolve_device, seed_everything
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.evaluation.generation import end_tokens
 from lolcats_core.export.delta import DELTA
 from lolcats_core.model.transformers_versions import CACHE
@@ -28,10 +29,11 @@ class Generator:
         """Load a merged model, a delta or a model with softmax attention, such as the teacher.
 
         Raises:
-            UserError: the model does not load.
+            UserError: the model does not load, or a weight of it is NaN, infinite or no floating point.
         """
         quiet_progress_bars()
         device = resolve_device("auto")
+        check_folder(path, str(path))
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             if (path / DELTA).is_file():

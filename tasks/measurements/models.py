@@ -14,6 +14,7 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.progress import progress
 from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
 from lolcats_core.estimation.shapes import ModelShape
@@ -103,6 +104,7 @@ class Models:
         return student
 
     def _load_finetuned(self, path: Path) -> PreTrainedModel:
+        check_folder(path, str(path))
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype)
         except OSError as error:
@@ -113,6 +115,7 @@ class Models:
         where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if step == "finetuned":
             folder = self.stage.input("finetune") / "model"
+            check_folder(folder, str(folder))
             return LayerwiseModel.open(folder, AutoConfig.from_pretrained(folder), **where)
         if step != "teacher":
             settings, trained = selected(self.stage)

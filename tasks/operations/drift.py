@@ -11,6 +11,7 @@ from typing import Any
 from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
+from lolcats_core.compute.numbers import check_folder
 from lolcats_core.data.packing import DocumentPacker
 from lolcats_core.data.records import Encoder, detect_shape, documents_of, read_record
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
@@ -18,7 +19,7 @@ from lolcats_core.data.segments import RecordError
 from lolcats_core.data.sources import raw_records
 from lolcats_core.training.perplexity import perplexity
 from tasks.registry.promotion import CHAMPION
-from tasks.registry.versions import check_bytes, find_version, read_evaluation, stored_model
+from tasks.registry.versions import find_version, read_evaluation, stored_model
 from tasks.runner.mlflow_run import connect
 from tasks.runner.record_schemas import rejected_records
 
@@ -59,9 +60,9 @@ def measure(root: Path, params: Params) -> Drift:
     client, device = connect(root), resolve_device(params.compute.device)
     version = find_version(client, params.register.name, CHAMPION)
     with stored_model(client, version) as stored, tempfile.TemporaryDirectory() as temporary:
-        check_bytes(version, stored)
         path = stored / "artifacts" / "model"
         tokenizer = AutoTokenizer.from_pretrained(path)
+        check_folder(path, f"version {version.version}")
         model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=resolve_dtype(params.compute.precision), use_safetensors=True
         )

@@ -41,6 +41,8 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None) ->
 def newest_revisions(params: Params, root: Path) -> dict[str, str]:
     """The commits at which a Hugging Face teacher and dataset stand now, as overrides.
 
+    A teacher whose own code is trusted stays at the commit of params.yaml: nobody has read that of the newest.
+
     Raises:
         Unavailable: the hub does not answer.
     """
@@ -51,7 +53,8 @@ def newest_revisions(params: Params, root: Path) -> dict[str, str]:
 
     found: dict[str, str] = {}
     try:
-        if describe_teacher(params.teacher, root, lambda file: "")["kind"] == "hub":
+        trusted = params.teacher.trust_remote_code
+        if not trusted and describe_teacher(params.teacher, root, lambda file: "")["kind"] == "hub":
             found["teacher.revision"] = str(HfApi().model_info(params.teacher.source).sha)
         if sources.describe(params.data, root, lambda file: "")["kind"] == "hub":
             found["data.revision"] = str(HfApi().dataset_info(params.data.source).sha)

@@ -15,20 +15,46 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "def add(a, b):\n    "
-PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
+# What a registration writes; MLflow's `MLmodel` has no suffix.
+KINDS = {
+    "",
+    ".css",
+    ".html",
+    ".j2",
+    ".jinja",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".model",
+    ".py",
+    ".safetensors",
+    ".txt",
+    ".yaml",
+    ".yml",
+}
+# How pickles of protocols 2 to 5 and archives (torch's newer files, numpy's) begin, whatever they are called.
+PICKLED = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x1f\x8b")
 MAX_LENGTH = 160  # tokens; with 64 of them in a window, whole windows and a part of one are behind the last
 
 
 def check_files(path: Path) -> None:
-    """Refuse a stored model that would be loaded by unpickling, which runs whatever code it holds.
+    """Refuse a stored model with any file of another kind than those known, as unpickling one runs what it holds.
 
     Raises:
-        ValueError: there is such a file, or no safetensors file.
+        ValueError: there is such a file by name or by content, or no safetensors file.
     """
-    files = [file for file in path.rglob("*") if file.is_file()]
-    pickles = sorted(file.name for file in files if file.suffix.lower() in PICKLES)
-    if pickles:
-        raise ValueError(f"{pickles[0]} is a pickle, only safetensors is loaded")
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        if file.suffix not in KINDS:
+            raise ValueError(f"{file.name} is of no known kind, so it may be a pickle; only safetensors is loaded")
+        with file.open("rb") as opened:
+            start = opened.read(9)
+        if file.suffix == ".safetensors":
+            # Eight bytes of length, which may be any, come before the header.
+            if start[8:] != b"{":
+                raise ValueError(f"{file.name} holds no safetensors")
+        elif start.startswith(PICKLED):
+            raise ValueError(f"{file.name} holds a pickle or an archive, only safetensors is loaded")
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError("it holds no safetensors file")
 

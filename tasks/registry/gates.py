@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lolcats_common.errors import printable
 from lolcats_common.operation_params import GateMode, GatesParams
 from lolcats_common.records import Evaluation, Measured
 from lolcats_common.tables import markdown_table
@@ -104,7 +105,7 @@ class GateReport:
         ]
         table = markdown_table(("gate", "mode", "result", "what", "measured", "bound"), rows, align="left")
         outcome = "passed" if self.passed else "REFUSED"
-        return f"# Gates of {self.name} version {self.version}: {outcome}\n\n{against}.\n\n{table}\n"
+        return f"# Gates of {printable(self.name)} version {self.version}: {outcome}\n\n{against}.\n\n{table}\n"
 
 
 def evaluate_gates(

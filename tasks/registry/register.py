@@ -24,6 +24,7 @@ from lolcats_common.files import read_json, sha256_tree
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params, read_yaml
 from lolcats_common.records import SIDES, Evaluation, RegisteredRecord
+from tasks.registry import manifest
 from tasks.registry.versions import ARTIFACTS, COMPLETE, number, tagged_versions
 from tasks.runner.git import git_state
 from tasks.runner.mlflow_run import EXPERIMENT, Run, connect, experiment_id, first_line
@@ -69,9 +70,12 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
 
     Raises:
         Unavailable: MLflow or the DVC remote cannot be used.
-        UserError: the model is missing or not the one of the current inputs.
+        UserError: the model is missing, not the one of the current inputs, or a weight of it is no finite number.
     """
+    from lolcats_core.compute.numbers import check_folder
+
     lock = checked_lock(root)
+    check_folder(root / MODEL, MODEL)
     commit, dirty = git_state(root)
     key = {"git.commit": commit, "model.md5": _model_md5(lock)}
     client = connect(root)
@@ -87,7 +91,7 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
             run_id = parent_run_id or _own_run(root, params)
             if lock_commit := lock_commits.keep_lock(root, f"refs/tags/lolcats/{name}/{key['model.md5'][:12]}"):
                 tags["lock.commit"] = lock_commit
-            model_id, location = _log_model(client, root, run_id)
+            model_id, location, tags[manifest.TAG] = _log_model(client, root, run_id)
             _ensure_registered_model(client, name)
             existing = client.create_model_version(name, location, run_id=run_id, tags=tags, model_id=model_id)
             existing = keep_first_version(client, name, key, existing)
@@ -194,7 +198,7 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
         "teacher.source": params.teacher.source,
         "teacher.revision": str(teacher.get("revision") or params.teacher.revision),
         "data.source": params.data.source,
-        "model.sha256": sha256_tree(root / MODEL),
+        manifest.MODEL_TAG: sha256_tree(root / MODEL),
         "lm_eval.version": str(evaluation.get("lm_eval_version", "")),
         "lm_eval.task_hashes": json.dumps(evaluation.get("task_hashes", {}), sort_keys=True),
         **{f"version.{library}": number for library, number in versions().items()},
@@ -215,8 +219,8 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
     return {key: value[:5000] for key, value in tags.items() if value}
 
 
-def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str]:
-    """Store the model as a logged model of the run; returns its id and where it is stored."""
+def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str, str]:
+    """Store the model as a logged model of the run; returns its id, where it is stored, and its manifest's SHA-256."""
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
@@ -245,10 +249,11 @@ def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str]:
             signature=_signature(),
             input_example=EXAMPLE,
         )
+        written = manifest.keep_manifest(client, run_id, logged.model_id, local)
         client.log_model_artifacts(logged.model_id, str(local))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, models=[LoggedModelOutput(logged.model_id, step=0)])
-    return str(logged.model_id), f"models:/{logged.model_id}"
+    return str(logged.model_id), f"models:/{logged.model_id}", written
 
 
 def _without_links(path: Path, copy: Path) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlparse
 
 from lolcats_common.errors import Unavailable, UserError
-from lolcats_common.files import read_json, sha256_tree
+from lolcats_common.files import read_json
 from lolcats_common.records import Evaluation, GatesRecord
+from tasks.registry.manifest import check_stored
 from tasks.runner.mlflow_run import connect, first_line, is_missing
 
 P = ParamSpec("P")
@@ -155,27 +158,23 @@ def download(root: Path, name: str, which: str) -> Path:
 
 
 def version_files(root: Path, name: str, which: str) -> tuple[Any, Path]:
-    """A registered version and the directory of its files: model, and what `ARTIFACTS` names.
+    """A registered version and the directory of its checked files: model, and what `ARTIFACTS` names.
 
     Raises:
-        UserError: there is no such version, or its files are gone.
+        UserError: there is no such version, or its files are gone or not those registered.
     """
-    import mlflow.artifacts
-
     name, wanted = split_name(name, which)
     client = connect(root)
     try:
         version = wanted if wanted.isdigit() else client.get_model_version_by_alias(name, wanted).version
         found = client.get_model_version(name, str(version))
-        location = client.get_model_version_download_uri(name, version)
     except Exception as error:
         if not is_missing(error):
             raise Unavailable(f"MLflow failed: {first_line(error)}") from error
         raise UserError(f"{which}: no such directory or registered version; {_registered(client)}") from error
-    try:
-        return found, Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts"))
-    except Exception as error:
-        raise UserError(f"the files of {_label(found)} cannot be read: {first_line(error)}") from error
+    copy = tempfile.mkdtemp(prefix="lolcats-version-")
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    return found, _checked(client, found, copy) / "artifacts"
 
 
 def _registered(client: Any) -> str:
@@ -190,38 +189,38 @@ def _registered(client: Any) -> str:
 
 @contextlib.contextmanager
 def stored_model(client: Any, version: Any) -> Iterator[Path]:
-    """The directory of a version's MLflow model; of a store on another machine, a copy that ends with the block.
+    """The directory of a version's MLflow model, held against its manifest.
+
+    Of a store on another machine it is a copy that ends with the block.
 
     Raises:
         Unavailable: the store does not answer.
-        UserError: the store has no such model.
+        UserError: the store has no such model, or its files are not those registered.
+    """
+    with tempfile.TemporaryDirectory(prefix="lolcats-stored-") as temporary:
+        yield _checked(client, version, temporary)
+
+
+def _checked(client: Any, version: Any, copy: str) -> Path:
+    """The directory of a version's MLflow model, below `copy` where the store is not on this machine.
+
+    Every use of stored files goes through here.
     """
     import mlflow.artifacts
 
-    with tempfile.TemporaryDirectory(prefix="lolcats-stored-") as temporary:
-        try:
-            location = urlparse(client.get_logged_model(version.source.rpartition("/")[2]).artifact_location)
-            if location.scheme in ("", "file"):
-                path = Path(unquote(location.path))
-            else:
-                path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=temporary))
-        except Exception as error:
-            kind = UserError if is_missing(error) else Unavailable
-            raise kind(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
-        if not (path / "MLmodel").is_file():
-            raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
-        yield path
-
-
-def check_bytes(version: Any, stored: Path) -> None:
-    """Hold the stored model against the hash that its version was registered with.
-
-    Raises:
-        UserError: they differ.
-    """
-    found = sha256_tree(stored / "artifacts" / "model")
-    if found != version.tags.get("model.sha256"):
-        raise UserError(f"the files of {_label(version)} are not those that were registered; it cannot serve")
+    try:
+        location = urlparse(client.get_logged_model(version.source.rpartition("/")[2]).artifact_location)
+        if location.scheme in ("", "file"):
+            path = Path(unquote(location.path))
+        else:
+            path = Path(mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=copy))
+    except Exception as error:
+        kind = UserError if is_missing(error) else Unavailable
+        raise kind(f"the files of {_label(version)} cannot be fetched: {first_line(error)}") from error
+    if not (path / "MLmodel").is_file():
+        raise UserError(f"the files of {_label(version)} are missing from the store: {path}")
+    check_stored(client, version, path)
+    return path
 
 
 def read_evaluation(stored: Path) -> Evaluation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lolcats_common.errors import printable
 from lolcats_common.records import SIDES, Evaluation, Measured, Side
 from lolcats_common.tables import markdown_table, measured, number
 from lolcats_core.model.transformers_versions import REQUIREMENT
@@ -45,7 +48,12 @@ class Facts:
 
 
 def model_card(facts: Facts) -> ModelCard:
-    """The card; its metadata holds the results as a model-index, which the Hub shows."""
+    """The card; its metadata holds the results as a model-index, which the Hub shows.
+
+    Names come from elsewhere: each stays on one line, so that none of them adds a heading or metadata.
+    """
+    params = facts.params
+    facts = Facts(**{field.name: _on_one_line(getattr(facts, field.name)) for field in dataclasses.fields(facts)})
     data = ModelCardData(
         model_name=facts.name,
         library_name="transformers" if facts.form == "merged" else "peft",
@@ -55,7 +63,8 @@ def model_card(facts: Facts) -> ModelCard:
         tags=["lolcats", "linear-attention", facts.config["model_type"]],
         eval_results=eval_results(facts) or None,
     )
-    recipe = {key: _filled(facts.params[key]) for key in RECIPE if key in facts.params}
+    recipe = {key: _filled(params[key]) for key in RECIPE if key in params}
+    shown = yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else ""
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -67,8 +76,18 @@ def model_card(facts: Facts) -> ModelCard:
         licence=_licence_note(facts),
         lineage=markdown_table(("what", "which"), _lineage(facts), align="left"),
         transformers=REQUIREMENT,
-        recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
+        recipe=shown,
+        fence=max(["``", *re.findall("`+", shown)], key=len) + "`",
     )
+
+
+def _on_one_line(value: Any) -> Any:
+    """A value whose strings, in lists and mappings too, hold no line breaks."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_on_one_line(key): _on_one_line(item) for key, item in value.items()}
+    return [_on_one_line(item) for item in value] if isinstance(value, list) else value
 
 
 def eval_results(facts: Facts) -> list[EvalResult]:

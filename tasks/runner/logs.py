@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 
+from lolcats_common.secrets import keep_secrets
+
 QUIET = (
     "alembic",
     "datasets",
@@ -28,7 +30,8 @@ QUIET = (
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send log records to standard error once; a later call replaces the handler."""
+    """Send log records to standard error once, without secrets; a later call replaces the handler."""
+    keep_secrets()
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.console import Console

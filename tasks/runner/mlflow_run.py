@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import time
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.machine import versions
 from lolcats_common.params import Params
+from lolcats_common.secrets import redacted
 from tasks.runner import moved_store
 from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
@@ -39,7 +41,9 @@ FLUSH_METRICS = 500  # MLflow takes at most 1000 in one call
 
 
 def tracking_uri(root: Path) -> str:
-    """The store's address, absolute where it is a local database.
+    """The store's address, absolute where it is a local database and without the login of a server.
+
+    MLflow prints a server's address; a login in it moves to the variables that MLflow and the stages read it from.
 
     Raises:
         UserError: the address names a store that MLflow no longer has.
@@ -52,7 +56,20 @@ def tracking_uri(root: Path) -> str:
             f"MLFLOW_TRACKING_URI is {uri!r}, but MLflow keeps runs in a database or a server: unset it, "
             "or give sqlite:///mlflow.db or http://host:port"
         )
-    return uri
+    return _without_login(uri) if uri.startswith(("http://", "https://")) else uri
+
+
+def _without_login(uri: str) -> str:
+    parts = urllib.parse.urlsplit(uri)
+    login, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return uri
+    user, _, password = login.partition(":")
+    bare = urllib.parse.urlunsplit(parts._replace(netloc=host))
+    os.environ["MLFLOW_TRACKING_USERNAME"] = urllib.parse.unquote(user)
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = urllib.parse.unquote(password)
+    os.environ["MLFLOW_TRACKING_URI"] = bare
+    return bare
 
 
 def connect(root: Path) -> Any:
@@ -93,8 +110,8 @@ def _database(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
+    """The first line of an error's text, without secrets, or its type where it has none."""
+    lines = redacted(str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
@@ -213,13 +230,15 @@ class Run:
         }
         if parent := os.environ.get(PARENT_VARIABLE):
             all_tags[PARENT_TAG] = parent
-        created = client.create_run(experiment_id(client), run_name=name, tags=all_tags)
+        created = client.create_run(
+            experiment_id(client), run_name=name, tags={key: redacted(value) for key, value in all_tags.items()}
+        )
         return cls(client, created.info.run_id)
 
     def _log_params(self, flat: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, value[:6000]) for key, value in flat.items()]
+        entities = [Param(key, redacted(value)[:6000]) for key, value in flat.items()]
         for start in range(0, len(entities), 100):
             self.client.log_batch(self.id, params=entities[start : start + 100])
 
@@ -281,7 +300,7 @@ class Run:
             name=name[:500],
             digest=digest[:36] or hashlib.sha256(source.encode()).hexdigest()[:36],
             source_type="local",
-            source=json.dumps({"uri": source}),
+            source=json.dumps({"uri": redacted(source)}),
             profile=json.dumps(dict(profile)) if profile else None,
         )
         tag = InputTag("mlflow.data.context", context)
@@ -289,13 +308,13 @@ class Run:
 
     def log_text(self, text: str, path: str) -> None:
         """Store `text` as the artifact `path`."""
-        self.client.log_text(self.id, text, path)
+        self.client.log_text(self.id, redacted(text), path)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set several tags in one call."""
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
+        self.client.log_batch(self.id, tags=[RunTag(key, redacted(str(value))[:5000]) for key, value in tags.items()])
 
     def finish(self, status: str = "FINISHED", message: str | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED, with the error's text as a tag."""
@@ -306,7 +325,7 @@ class Run:
         self.flush()
         try:
             if message:
-                self.client.set_tag(self.id, "error", message[:5000])
+                self.client.set_tag(self.id, "error", redacted(message)[:5000])
             self.client.set_terminated(self.id, status)
         except Exception as error:
             logger.warning("MLflow run %s could not be ended as %s: %s", self.id, status, first_line(error))

@@ -29,7 +29,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import atomic_directory, sha256_file, sha256_json, sha256_tree, write_json, write_text
+from lolcats_common.files import (
+    atomic_directory,
+    disk_refusals,
+    sha256_file,
+    sha256_json,
+    sha256_tree,
+    write_json,
+    write_text,
+)
 from lolcats_common.machine import device_tags
 from lolcats_common.params import Params, load_params, read_yaml
 from tasks.runner.exits import Terminated, raise_terminated, run_and_report
@@ -270,7 +278,10 @@ def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
+        with disk_refusals(scratch):
+            scratch.mkdir(parents=True, exist_ok=True)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{scratch} cannot be made: {error.strerror}; remove what is in its place") from None
     run = run or _imported(name)
@@ -286,7 +297,7 @@ def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
     write_json(scratch / STATE, {"run_id": mlflow_run.id, "seconds": earlier})
     started = time.monotonic()
     try:
-        with _stage_output(root / "outputs" / name) as out:
+        with atomic_directory(root / "outputs" / name) as out:
             stage = Stage(name, root, params, out, scratch, mlflow_run)
             metrics = finite(run(stage), name)
             _leave_group()
@@ -320,18 +331,6 @@ def _peaks() -> dict[str, float]:
         if torch.cuda.is_available():
             peaks["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
     return peaks
-
-
-@contextlib.contextmanager
-def _stage_output(path: Path) -> Iterator[Path]:
-    """`atomic_directory`, with a message of one line where the disk refuses."""
-    try:
-        with atomic_directory(path) as out:
-            yield out
-    except OSError as error:
-        if error.errno in (28, 122):  # no space left, quota exceeded
-            raise UserError(f"{path}: {error.strerror}; free space and run the same command again") from error
-        raise
 
 
 def _read_state(scratch: Path) -> dict[str, Any]:

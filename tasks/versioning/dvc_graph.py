@@ -28,6 +28,7 @@ from configobj import ConfigObj
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import read_yaml
+from lolcats_common.secrets import redacted
 from tasks.runner.processes import GRACE_SECONDS, end_group
 from tasks.runner.stage import ERROR, FLOW_VARIABLE, REPRO_VARIABLE, STATE
 
@@ -333,7 +334,7 @@ class OutputFilter:
             self._line(line)
 
     def _line(self, line: str) -> None:
-        plain = _ANSI.sub("", line).rpartition("\r")[2]
+        plain = redacted(_ANSI.sub("", line).rpartition("\r")[2])
         if plain.startswith("ERROR:") or any(sign in plain for sign in _BUSY):
             self.errors.append(plain)
         if not self.terminal and not _NOISE.match(plain):

@@ -17,17 +17,16 @@ from typing import Any
 import yaml
 from configobj import ConfigObj
 
-from lolcats_common.errors import UserError
+from lolcats_common.errors import ParamsError, UserError
 from lolcats_common.files import sha256_json, write_text
 from lolcats_common.params import Params, apply_overrides, load_params, params_from_dict, read_preset, read_yaml
-from lolcats_common.sources import check_sources
+from lolcats_common.sources import BUILTIN, check_sources, is_glob, source_path
 from tasks.runner.git import git, git_state, identity
 from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
 from tasks.versioning import dvc_graph
 
 logger = logging.getLogger(__name__)
-SOURCES_VARIABLE = "LOLCATS_SOURCES"
 # A DVC remote's settings that may be paths.
 PATHS = {
     "cert_path",
@@ -55,8 +54,10 @@ def overrides(preset: str | None, values: Mapping[str, Any] | None) -> dict[str,
     """The preset with `values` laid over it; nested.
 
     Raises:
-        ParamsError: no preset has that name.
+        ParamsError: no preset has that name, or `values` is no mapping.
     """
+    if values is not None and not isinstance(values, Mapping):
+        raise ParamsError(f"`set` must be a mapping of keys to values, got {type(values).__name__}")
     return apply_overrides(read_preset(preset) if preset else {}, dict(values or {}))
 
 
@@ -66,45 +67,21 @@ def overridden(root: Path, base: dict[str, Any], values: Mapping[str, Any]) -> t
     Raises:
         ParamsError: a key is unknown, ill-typed or out of range.
     """
+    named = "params.yaml with the overrides"
     merged = apply_overrides(base, dict(values))
-    params = params_from_dict(merged, source="params.yaml with the overrides")
-    for section, source in (("teacher", params.teacher.source), ("data", params.data.source)):
-        merged.setdefault(section, {})["source"] = _absolute(root, source)
-    return merged, params_from_dict(merged, source="params.yaml with the overrides")
+    params = params_from_dict(merged, source=named)
+    found = {"teacher.source": params.teacher.source, "data.source": params.data.source}
+    merged = apply_overrides(merged, {key: _absolute(root, source) for key, source in found.items()})
+    return merged, params_from_dict(merged, source=named)
 
 
 def _absolute(root: Path, source: str) -> str:
-    """A relative path of the main checkout as an absolute one; anything else (``builtin``, a hub id) as it is."""
-    if source == "builtin" or Path(source).is_absolute():
+    """A path of the main checkout as an absolute one; anything else (``builtin``, a hub id) as it is."""
+    if source == BUILTIN:
         return source
-    local = source.startswith(".") or (root / source).exists() or any(root.glob(source))
-    return os.path.normpath(root / source) if local else source
-
-
-def check_allowed_sources(root: Path, values: Mapping[str, Any] | None) -> None:
-    """Refuse overrides of a run started over Prefect's API that read more than this machine's owner allows.
-
-    Files are read from the project and from the directories that `LOLCATS_SOURCES` names (joined by ``:``); a teacher's
-    own code runs only where params.yaml trusts it.
-
-    Raises:
-        UserError: an override asks for more.
-    """
-    nested = apply_overrides({}, dict(values or {}))
-    allowed = [root, *(Path(place) for place in os.environ.get(SOURCES_VARIABLE, "").split(os.pathsep) if place)]
-    for section, key in (("teacher", "source"), ("data", "source"), ("relinearize", "drift_source")):
-        source = nested.get(section, {}).get(key)
-        if source is not None:
-            path = (root / str(source)).resolve()
-            if not any(path.is_relative_to(place.resolve()) for place in allowed):
-                raise UserError(f"`{section}.{key}` leads out of the project and of {SOURCES_VARIABLE}: {source}")
-    own = read_yaml(root / "params.yaml").get("teacher", {})
-    teacher = {**own, **nested.get("teacher", {})}
-    trusted = own.get("trust_remote_code") and teacher.get("source") == own.get("source")
-    if teacher.get("trust_remote_code") and not trusted:
-        raise UserError(
-            f"`teacher.trust_remote_code` of {teacher.get('source')} must stand in the project's params.yaml"
-        )
+    path = source_path(source, root)
+    local = source.startswith((".", "~", "/")) or is_glob(source) or path.exists()
+    return str(path) if local else source
 
 
 def workplace(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> Worktree:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lolcats_common.files import atomic_directory
+from lolcats_common.errors import DiskRefused
+from lolcats_common.files import atomic_directory, atomic_file, write_json
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -37,3 +43,69 @@ def test_a_block_that_fails_leaves_the_earlier_directory(tmp_path: Path) -> None
         write("2")
     assert (tmp_path / "model" / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "torch.save": lambda path: torch.save({"weight": torch.zeros(100_000)}, path),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(100_000)}, path),
+    "numpy": lambda path: np.save(path.open("wb"), np.zeros(100_000)),
+    "tofile": lambda path: np.zeros(100_000).tofile(path),
+    "text": lambda path: path.write_text("0" * 400_000),
+}
+
+
+def full(path: Path) -> Path:
+    """Let a path lead to a disk without space."""
+    path.symlink_to("/dev/full")
+    return path
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let this process write no file beyond `size` bytes; the system refuses as it does where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_refuses_is_said_in_one_line_with_the_path_whichever_library_writes(
+    writer: str, tmp_path: Path
+) -> None:
+    write, path = WRITERS[writer], tmp_path / "model"
+    advice = "; free space there and run the same command again"
+    with file_size_limit(65_536):
+        with pytest.raises(DiskRefused, match=rf"^{path}: .+{advice}$"), atomic_file(path) as partial:
+            write(partial)
+        with pytest.raises(DiskRefused, match=rf"^{path}: .+{advice}$"), atomic_directory(path) as partial:
+            write(partial / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("writer", sorted(WRITERS.keys() - {"safetensors"}))  # which renames a file of its own
+def test_a_full_disk_is_said_to_be_full(writer: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(DiskRefused, match=f"^{tmp_path}/model: No space left on device; free space there"),
+        atomic_file(tmp_path / "model") as partial,
+    ):
+        WRITERS[writer](full(partial))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_to_a_full_disk_inside_a_whole_directory_names_the_file(tmp_path: Path) -> None:
+    with (
+        file_size_limit(65_536),
+        pytest.raises(DiskRefused, match=f"^{tmp_path}/out/.*/big.json: File too large"),
+        atomic_directory(tmp_path / "out" / "stage") as out,
+    ):
+        write_json(out / "big.json", {"text": "0" * 100_000})
+
+
+def test_another_error_of_a_library_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), atomic_file(tmp_path / "a"):
+        raise RuntimeError("out of memory")
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a"):
+        (tmp_path / "missing").read_text()

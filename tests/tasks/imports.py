@@ -10,12 +10,14 @@ from lolcats_common.import_closure import PACKAGES, import_closure
 # does not count for them either; a stage that needs it imports it itself.
 NEUTRAL = {
     "lolcats_common/errors.py",
+    "lolcats_common/secrets.py",
     "lolcats_common/files.py",
     "lolcats_common/params.py",
     "lolcats_common/progress.py",
     "lolcats_common/records.py",
     "lolcats_common/sources.py",
     "lolcats_core/compute/device.py",
+    "lolcats_core/compute/numbers.py",
     "lolcats_common/training_params.py",
     "tasks/reporting/figures.py",
     "tasks/runner/logs.py",

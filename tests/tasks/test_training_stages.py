@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ def joint(root: Path) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def test_a_row_within_the_window_is_refused_before_anything_is_trained() -> None:
-    teacher: Any = SimpleNamespace(config=byte_teacher().config, context=None)
+    teacher = byte_teacher().config
     values = apply_overrides(read_yaml(ROOT / "params.yaml"), OVERRIDES)
     preflight.check(params_from_dict(values), teacher)
     wide = params_from_dict(apply_overrides(values, {"linearize.window_size": 16}))

@@ -171,3 +171,21 @@ def test_of_a_directory_the_files_that_are_records_are_read(
         (tmp_path / name).write_text(text)
     found = [raw.fields["text"] for raw in raw_records(DataParams(source="."), tmp_path) if raw.fields]
     assert found == records
+
+
+def test_a_value_that_a_dictionary_repeats_is_not_decoded_for_many_rows_at_once(tmp_path: Path) -> None:
+    path, size = tmp_path / "x.parquet", 1 << 23
+    pq.write_table(pa.table({"text": ["a" * size] * 64}), path, compression="zstd", dictionary_pagesize_limit=size * 2)
+    assert path.stat().st_size < 12_000
+    before, most = pa.total_allocated_bytes(), 0
+    for record in file_records(path, "x", 1 << 30):
+        assert record.fields is not None
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 12 * size  # 64 of them were decoded at once
+
+
+def test_a_column_that_decodes_to_far_more_than_the_file_holds_is_refused_before(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a" * (70 << 20)]}), path, compression="zstd", use_dictionary=False)
+    with pytest.raises(UserError, match=r"of its column text decode to \d+; a column may be packed at most 1000 times"):
+        list(file_records(path, "x", 1 << 30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -115,14 +116,28 @@ def test_readmes_and_hidden_files_beside_data_are_no_records(tmp_path: Path) -> 
         ("empty", r"empty holds no \.jsonl"),
         ("table.csv", r"table\.csv must end in \.jsonl"),
         ("broken.parquet", r"broken\.parquet is damaged"),
-        ("squad", r"squad does not exist; of the Hugging Face dataset squad, `data\.revision` must"),
+        ("owner/squad", r"squad does not exist; of the Hugging Face dataset owner/squad, `data\.revision` must"),
         ("org/name", r"`data\.revision` must be a commit of 40 hex digits .*, got None"),
+        ("squad", r"squad does not exist, and is no Hugging Face dataset id \(owner/name\)"),
+        ("data/**.jsonl", r"\*\* must stand alone between slashes"),
+        ("~nosuchuser/x.txt", r"there is no user ~nosuchuser"),
+        ("a\0b.txt", r"a path must not hold a NUL"),
+        ("\udcff.txt", r"a path must be UTF-8"),
+        ("a" * 300, r"255 in each name, got \d+ and 300"),
+        ("a/" * 3000, r"at most 4096 bytes"),
+        ("loop", r"loop cannot be read: Too many levels of symbolic links"),
+        ("pipe.jsonl", r"must be a file or a directory, not a device, a pipe"),
+        ("latin", r"is not UTF-8; rename the file"),
     ],
 )
 def test_sources_that_cannot_be_read_are_named(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe.jsonl")  # nobody writes: whoever opened it would wait for ever
+    (tmp_path / "latin").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "latin") + b"/\xe9.txt")).write_text("a")
     params = DataParams(source=source)
     with pytest.raises(UserError, match=message) as caught:
         _ = describe(params, tmp_path), list(raw_records(params, tmp_path))

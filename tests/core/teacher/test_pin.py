@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "must hold a mapping"),
     "config with impossible values": (
         lambda d: edit_json(d / "config.json", hidden_size="wide"),
-        "config.json is not usable",
+        "`hidden_size` in config.json must be a whole number from 1",
     ),
     "other architecture": (lambda d: edit_json(d / "config.json", model_type="t5"), "architecture 't5' cannot be"),
     "odd architecture": (lambda d: edit_json(d / "config.json", model_type=[1]), r"architecture \[1\] cannot be"),

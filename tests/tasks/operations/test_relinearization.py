@@ -45,6 +45,8 @@ def test_the_newest_revisions_are_those_of_hub_sources_alone(tmp_path: Path, mon
     hub = with_sections(Params(), teacher={"source": "owner/model", "revision": "0" * 40})
     assert relinearization.newest_revisions(hub, tmp_path) == {"teacher.revision": "owner/model-new"}
     assert relinearization.newest_revisions(Params(), tmp_path) == {}
+    trusted = with_sections(hub, teacher={"trust_remote_code": True})
+    assert relinearization.newest_revisions(trusted, tmp_path) == {}
     both = with_sections(hub, data={"source": "owner/text", "revision": "0" * 40})
     with pytest.raises(Unavailable, match="offline"):
         relinearization.newest_revisions(both, tmp_path)

@@ -85,5 +85,5 @@ def test_artifacts_that_were_not_copied_stay_where_they_are(registered: Path, tm
 
 def test_files_that_are_gone_are_named_and_not_the_version(registered: Path) -> None:
     shutil.rmtree(registered / "mlartifacts")
-    with pytest.raises(UserError, match="the files of lolcats-demo version 1 cannot be read"):
+    with pytest.raises(UserError, match="the files of lolcats-demo version 1 are missing from the store"):
         version_files(registered, NAME, "candidate")

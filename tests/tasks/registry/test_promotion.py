@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -72,15 +73,28 @@ def test_the_gates_load_the_stored_model_and_see_what_is_wrong_with_it(finished:
     weights = stored(finished, number) / "artifacts" / "model" / "model.safetensors"
     tensors = load_file(weights)
     save_file({key: torch.zeros_like(value) for key, value in tensors.items()}, weights, {"format": "pt"})
-    with pytest.raises(UserError, match="not those that were registered"):
+    with pytest.raises(UserError, match=r"model.safetensors is not the file that was registered"):
         run_gates(finished, NAME, GatesParams(), number)
 
 
 def test_a_pickle_in_a_registered_model_is_never_loaded(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "MLmodel").write_text("flavors: {}")
     gate_probe.check_files(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
+    for name, content, problem in (
+        ("pytorch_model.bin", b"", "pytorch_model.bin is of no known kind"),
+        ("weights.npy", b"", "weights.npy is of no known kind"),
+        ("state.dill", b"", "state.dill is of no known kind"),
+        ("config.json", pickle.dumps({"a": 1}), "config.json holds a pickle"),
+        ("notes.txt", b"PK\x03\x04", "notes.txt holds a pickle or an archive"),
+        ("more.safetensors", pickle.dumps({"a": 1}), "more.safetensors holds no safetensors"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=problem):
+            gate_probe.check_files(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no safetensors file"):
         gate_probe.check_files(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
@@ -201,3 +203,17 @@ def test_prompts_of_like_length_are_completed_together() -> None:
         for batch in found:
             assert len(batch) <= ROWS
             assert len(batch) == 1 or len(batch) * max(lengths[place] for place in batch) <= TOKENS
+
+
+def test_a_student_that_is_not_finite_is_not_registered(finished: Path, tmp_path: Path) -> None:
+    model = finished / "outputs" / "finetune" / "model"
+    copy = shutil.copytree(model.resolve(), tmp_path / "model")
+    model.unlink()
+    model.symlink_to(copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = min(tensors)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"the tensor {name} holds NaN or infinite values"):
+        register(finished)
+    assert versions(finished) == []

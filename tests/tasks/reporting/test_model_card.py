@@ -93,3 +93,29 @@ def test_a_version_that_kept_nothing_has_a_card_too() -> None:
     text = model_card(replace(FACTS, **bare)).content
     for words in ("None were kept with this version.", "Not kept with this version.", "recall was not measured"):
         assert words in text
+
+
+def test_a_name_with_line_breaks_adds_no_heading_and_no_metadata() -> None:
+    evil = "demo\n---\nlicense: mit\n---\n# Injected\n```\n# Injected\n"
+    facts = replace(
+        FACTS,
+        title=evil,
+        name=evil,
+        licence=evil,
+        teacher={"kind": "directory", "source": evil, "revision": evil, "digest": evil},
+        params={"data": {"source": evil}},
+        evaluation={**EVALUATION, "tasks": {evil: EVALUATION["tasks"]["needle"]}},  # type: ignore[arg-type]
+        lineage={"registered": evil, "git.commit": evil},
+        config={"model_type": evil, "linearize": {"window": evil, "feature_map": evil}},
+    )
+    before, after = model_card(FACTS).content, model_card(facts).content
+    text = after.partition("\n## Recipe")[0]
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0].startswith("# demo\\n---")
+    assert headings[1:] == [line for line in before.partition("\n## Recipe")[0].splitlines() if line.startswith("## ")]
+    assert ModelCard(after).data.license != "mit"
+    assert after.count("\n---\n") == before.count("\n---\n")
+    recipe = after.partition("## Recipe\n")[2].strip()
+    fence = recipe.partition("yaml")[0]
+    assert recipe.endswith(fence)
+    assert recipe.count(fence) == 2
