@@ -96,7 +96,7 @@ def test_wrong_overrides_are_refused_before_anything_runs(
         ("data.source=texts.jsonl", "texts.jsonl does not exist"),
         ("data.source=texts/*.jsonl", "project/texts/*.jsonl"),
         ("data.source=squad", "squad does not exist, and is no Hugging Face dataset id (owner/name)"),
-        ("data.source=rajpurkar/squad", "of the Hugging Face dataset rajpurkar/squad, `data.revision` must be a commit"),
+        ("data.source=some/squad", "of the Hugging Face dataset some/squad, `data.revision` must be a commit"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "ablate", "frontier"])
