@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ SMALL_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+# What quantized checkpoints name the parts of a weight, where their configuration does not say that they are.
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|zero_point|shape)|(input|k|v)_scale"
+    r"|weight\.(absmax|quant_map|quant_state\..*|nested_\w+))$"
+)
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EMBEDDINGS = tuple({f"{family.embedding}.weight" for family in FAMILIES.values()})
 
@@ -74,8 +81,10 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     reason = refusal(raw)
     if reason is not None and not (trust_remote_code and "auto_map" in raw):
         raise UserError(f"teacher {source}: {reason}")
-    if raw.get("quantization_config"):
-        raise UserError(f"teacher {source}: quantized weights cannot be linearized; give the unquantized model")
+    quantized = raw.get("quantization_config") or raw.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise _quantized(source, f"config.json says {method or 'quantized'}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
@@ -84,6 +93,12 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     if reason is not None:
         raise UserError(f"teacher {source}: {reason}")
     return config
+
+
+def _quantized(source: str, sign: str) -> UserError:
+    return UserError(
+        f"teacher {source}: quantized weights cannot be linearized ({sign}); give the unquantized model, or a GGUF file"
+    )
 
 
 def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
@@ -162,7 +177,7 @@ def check_weights(folder: Path, names: list[str], source: str) -> Weights:
     """Read every header and compare with the index.
 
     Raises:
-        UserError: a file is damaged, or a tensor that the index names is not in its file.
+        UserError: a file is damaged, a tensor that the index names is not in its file, or the weights are quantized.
     """
     headers = {name: read_header(folder / name, source) for name in names}
     if (folder / INDEX).is_file() and names != [WEIGHTS]:
@@ -173,6 +188,8 @@ def check_weights(folder: Path, names: list[str], source: str) -> Weights:
     rows = None
     for tensors in headers.values():
         for name, entry in tensors.items():
+            if _PACKED.search(name) or (name.endswith(".weight") and entry["dtype"] not in _FLOATS):
+                raise _quantized(source, f"{name} is {entry['dtype']}")
             sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + math.prod(entry["shape"])
             if name.endswith(_EMBEDDINGS) and len(entry["shape"]) == 2:
                 rows = entry["shape"][0]
