@@ -50,14 +50,18 @@ class ComputeParams:
 
 @dataclass(frozen=True)
 class TeacherParams:
-    """`source`: ``builtin``, a local directory, or a Hugging Face model id (then `revision` pins the commit)."""
+    """`source`: ``builtin``, a directory, a .gguf file, or a Hugging Face id (then `revision` pins the commit)."""
 
     source: str = "builtin"
     revision: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _require(bool(self.source.strip()), "`source` must be builtin, a directory or a Hugging Face id", self.source)
+        _require(
+            bool(self.source.strip()),
+            "`source` must be builtin, a path or a Hugging Face id",
+            self.source,
+        )
 
 
 @dataclass(frozen=True)

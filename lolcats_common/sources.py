@@ -17,6 +17,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams, Params, TeacherParams
 
 BUILTIN = "builtin"
+GGUF = ".gguf"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 # `datasets` takes a name without an owner, such as text or pandas, for a way to read whatever lies in this directory.
@@ -76,15 +77,17 @@ def check_sources(params: Params, root: Path) -> None:
     if kind == "hub":
         require_commit(params.teacher)
     elif kind == "directory" and not (folder / "config.json").is_file():
-        raise UserError(f"teacher {params.teacher.source}: config.json is missing; give a saved Hugging Face model")
+        found = sorted(folder.glob(f"*{GGUF}"))
+        advice = f"the file {found[0].name} in it" if found else "a saved Hugging Face model"
+        raise UserError(f"teacher {params.teacher.source}: config.json is missing; give {advice}")
     find_text(params.data, root)
 
 
-def find_teacher(params: TeacherParams, root: Path) -> tuple[Literal["builtin", "directory", "hub"], Path]:
-    """What kind of teacher `source` names and, of a directory, where it is.
+def find_teacher(params: TeacherParams, root: Path) -> tuple[Literal["builtin", "directory", "gguf", "hub"], Path]:
+    """What kind of teacher `source` names and, of a directory or a GGUF file, where it is.
 
     Raises:
-        UserError: it can be none of the three.
+        UserError: it can be none of the four.
     """
     source = params.source
     folder = source_path(source, root)
@@ -93,8 +96,14 @@ def find_teacher(params: TeacherParams, root: Path) -> tuple[Literal["builtin", 
     found = _what_is_at(folder, f"teacher {source}")
     if found == "directory":
         return "directory", folder
+    if found == "file" and folder.suffix.lower() == GGUF:
+        return "gguf", folder
     if found:
-        raise UserError(f"teacher {source} is a file; `teacher.source` takes the directory that holds config.json")
+        raise UserError(
+            f"teacher {source} is a file; `teacher.source` takes the directory that holds config.json, or a {GGUF} file"
+        )
+    if folder.suffix.lower() == GGUF:
+        raise UserError(f"teacher {source}: no such file; correct `teacher.source`")
     if difflib.get_close_matches(source, [BUILTIN]):
         raise UserError(f"teacher {source}: no such directory; did you mean `builtin`?")
     if _HUB_ID.fullmatch(source):

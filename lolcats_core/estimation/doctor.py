@@ -60,6 +60,8 @@ def model_shape(params: Params, root: Path) -> ModelShape | None:
     """
     source = params.teacher.source
     folder = BUILTIN if source == "builtin" else source_path(source, root)
+    if folder.is_file():
+        return ModelShape.from_config(examine_teacher(params.teacher, root))
     config = folder / "config.json"
     if not config.is_file() and source not in KNOWN_MODELS and _may_be_on_the_hub(source):
         from huggingface_hub import try_to_load_from_cache
@@ -118,8 +120,12 @@ def _teacher(params: Params, root: Path) -> list[Finding]:
     except UserError as error:
         return [Finding("teacher", "missing", str(error))]
     if kind != "hub":
-        detail = "built in, nothing to download" if kind == "builtin" else f"directory {source}"
-        return [Finding("teacher", "ok", detail)]
+        details = {
+            "builtin": "built in, nothing to download",
+            "directory": f"directory {source}",
+            "gguf": f"{source}, dequantized once into the Hugging Face cache",
+        }
+        return [Finding("teacher", "ok", details[kind])]
     findings = []
     if revision is None or not COMMIT.fullmatch(revision):
         detail = f"{source} needs a pinned commit: --set teacher.revision=<40 hex digits>, got {revision!r}"
@@ -194,8 +200,9 @@ def _memory(params: Params, shape: ModelShape) -> list[Finding]:
 
 def _disk(params: Params, shape: ModelShape, root: Path) -> Finding:
     wide = 2 if params.compute.precision == "bfloat16" else 4
-    here = params.teacher.source == "builtin" or source_path(params.teacher.source, root).exists()
-    download = 0 if here else 2
+    path = source_path(params.teacher.source, root)
+    here = params.teacher.source == "builtin" or path.exists()
+    download = 4 if path.is_file() else 0 if here else 2  # a GGUF file becomes float32
     # The merged student lies in outputs/, in DVC's cache and in the registry's artifacts.
     need = shape.parameters * (download + 3 * wide)
     free = shutil.disk_usage(root).free

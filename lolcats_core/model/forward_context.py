@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
 
 ATTENTION_NAME = "lolcats_hybrid"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ def ignore_layer(call: LayerCall) -> None:
     """The observer of a pass that only needs the teacher's outputs."""
 
 
+class computed_once(Generic[T]):
+    """`functools.cached_property` without the lock of Python 3.11's, which torch.compile cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute = compute
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        value = self.compute(instance)
+        setattr(instance, self.compute.__name__, value)  # found before this descriptor from now on
+        return value
+
+
 @dataclass
 class HybridContext:
     """What the layers of one forward pass share.
@@ -103,13 +116,13 @@ class HybridContext:
         """The context of a pass over whole rows, packed where `position_ids` [B, T] start again inside a row."""
         return HybridContext(observer=observer, document_ids=document_numbers(position_ids))
 
-    @cached_property
+    @computed_once
     def new_padding_mask(self) -> Tensor | None:
         """[B, T], `padding_mask` of the new tokens; None when none of them is padding."""
         new = None if self.padding_mask is None else self.padding_mask[:, self.past_length :]
         return None if new is None or bool(new.all()) else new
 
-    @cached_property
+    @computed_once
     def _real_first(self) -> Tensor | None:
         """[B, T] columns of the new tokens, real ones first and in their order; None when none of them is padding."""
         return None if self.new_padding_mask is None else real_first(self.new_padding_mask)
@@ -127,7 +140,7 @@ class HybridContext:
         placed = torch.empty_like(x).scatter(1, order[:, :, None, None].expand_as(x), x)
         return placed.masked_fill(~real[:, :, None, None], 0)
 
-    @cached_property
+    @computed_once
     def cu_seqlens(self) -> Tensor | None:
         """[n + 1] boundaries of the documents in the flattened batch, or None; one tensor for all layers.
 

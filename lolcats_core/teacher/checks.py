@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,12 @@ _COUNTS = {
 }
 # Any other name may be that of a repository on the hub, whose code transformers would fetch and run.
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+# What quantized checkpoints name the parts of a weight, where their configuration does not say that they are.
+_PACKED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|zero_point|shape)|(input|k|v)_scale"
+    r"|weight\.(absmax|quant_map|quant_state\..*|nested_\w+))$"
+)
+_FLOATS = {"F64", "F32", "F16", "BF16"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EMBEDDINGS = tuple({f"{family.embedding}.weight" for family in FAMILIES.values()})
 
@@ -90,8 +97,10 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     reason = refusal(raw)
     if reason is not None and not (trust_remote_code and "auto_map" in raw):
         raise UserError(f"teacher {source}: {reason}")
-    if raw.get("quantization_config"):
-        raise UserError(f"teacher {source}: quantized weights cannot be linearized; give the unquantized model")
+    quantized = raw.get("quantization_config") or raw.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise _quantized(source, f"config.json says {method or 'quantized'}")
     _check_values(raw, source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -135,6 +144,12 @@ def declared_shapes(config: Any, source: str, trust_remote_code: bool) -> dict[s
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UserError(f"teacher {source}: config.json describes no model that can be made ({reason})") from None
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _quantized(source: str, sign: str) -> UserError:
+    return UserError(
+        f"teacher {source}: quantized weights cannot be linearized ({sign}); give the unquantized model, or a GGUF file"
+    )
 
 
 def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
@@ -226,7 +241,8 @@ def check_weights(folder: Path, names: list[str], source: str, declared: Mapping
     """Read every header and compare with the index and with the shapes that the configuration declares.
 
     Raises:
-        UserError: a file is damaged, a tensor that the index names is not in its file, or has another shape.
+        UserError: a file is damaged, a tensor that the index names is not in its file or has another shape, or the
+            weights are quantized.
     """
     headers = {name: read_header(folder / name, source) for name in names}
     if (folder / INDEX).is_file() and names != [WEIGHTS]:
@@ -237,6 +253,8 @@ def check_weights(folder: Path, names: list[str], source: str, declared: Mapping
     rows = None
     for tensors in headers.values():
         for name, entry in tensors.items():
+            if _PACKED.search(name) or (name.endswith(".weight") and entry["dtype"] not in _FLOATS):
+                raise _quantized(source, f"{name} is {entry['dtype']}")
             shape = tuple(entry["shape"])
             if declared.get(name, shape) != shape:
                 raise UserError(

@@ -1,7 +1,8 @@
 """The teacher: found, checked and pinned by content before anything expensive, loaded later only if it is unchanged.
 
-Three sources: ``builtin`` (ships with the project), a local directory, a Hugging Face id with a commit. A pin names
-the SHA-256 of every file that matters; weights stay where they are.
+Four sources: ``builtin`` (ships with the project), a local directory, a GGUF file, a Hugging Face id with a commit. A
+pin names the SHA-256 of every file that matters; weights stay where they are, those of a GGUF file dequantized in the
+Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lolcats_core.teacher.checks import (
     declared_shapes,
     weight_files,
 )
+from lolcats_core.teacher.gguf_model import dequantized, folder_of, read_model
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +47,8 @@ class TeacherPin:
     """Which teacher, exactly.
 
     Attributes:
-        source: as in params.yaml. kind: ``builtin``, ``directory`` or ``hub``.
-        revision: the commit of a hub id, else None.
+        source: as in params.yaml. kind: ``builtin``, ``directory``, ``gguf`` or ``hub``.
+        revision: the commit of a hub id, the SHA-256 of a GGUF file, else None.
         files: SHA-256 by file name; `digest`: SHA-256 of that mapping, one name for all of it.
         model_type, architecture: family and class of the configuration.
         parameters: as stored (tied embeddings once). dtype: of most weights, in safetensors' words.
@@ -80,10 +82,13 @@ def resolve_teacher(params: TeacherParams, root: Path) -> TeacherPin:
     Raises:
         UserError: it cannot be found, reached, read or linearized; the message says what to do.
     """
-    kind, folder = _find(params, root)
+    kind, path = _find(params, root)
+    if kind == "gguf":
+        digest = _hashes(path.parent, [path.name])[path.name]
+        return _pin(params, kind, dequantized(path, params.source, digest), digest)
     if kind == "hub":
-        folder = hub.fetch(params)
-    return _pin(params, kind, folder)
+        return _pin(params, kind, hub.fetch(params), params.revision)
+    return _pin(params, kind, path)
 
 
 def examine_teacher(params: TeacherParams, root: Path) -> PreTrainedConfig | None:
@@ -92,19 +97,23 @@ def examine_teacher(params: TeacherParams, root: Path) -> PreTrainedConfig | Non
     Raises:
         UserError: it cannot be found, read or linearized.
     """
-    kind, folder = _find(params, root)
-    return None if kind == "hub" else _check(params, folder).config
+    kind, path = _find(params, root)
+    if kind == "gguf":
+        return read_model(path, params.source).config
+    return None if kind == "hub" else _check(params, path).config
 
 
 def describe(params: TeacherParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
-    """What decides the teacher, without looking into it: its kind, revision and each file of a local directory.
+    """What decides the teacher, without looking into it: its kind, its revision, its files where they are local.
 
     Raises:
         UserError: it cannot be found or read.
     """
-    kind, folder = _find(params, root)
+    kind, path = _find(params, root)
+    found = [path] if kind == "gguf" else []
     try:
-        found = sorted(file for file in folder.iterdir() if file.is_file()) if kind == "directory" else []
+        if kind == "directory":
+            found = sorted(file for file in path.iterdir() if file.is_file())
         files = {file.name: sha256(file) for file in found if not file.name.startswith(".")}
     except OSError as error:
         raise UserError(f"teacher {params.source}: {error.filename} cannot be read: {error.strerror}") from None
@@ -128,10 +137,27 @@ def locate(pin: TeacherPin, root: Path) -> Path:
         return BUILTIN
     if pin.kind == "hub":
         return hub.snapshot(pin.source, str(pin.revision), sorted(pin.files))
+    if pin.kind == "gguf":
+        return _locate_gguf(pin, root)
     folder = source_path(pin.source, root)
     if not folder.is_dir():
         raise UserError(f"teacher {pin.source}: the directory is gone; put it back or change `teacher.source`")
     return folder
+
+
+def _locate_gguf(pin: TeacherPin, root: Path) -> Path:
+    folder = folder_of(str(pin.revision))
+    if folder.is_dir():
+        return folder
+    path = source_path(pin.source, root)
+    if not path.is_file():
+        raise UserError(f"teacher {pin.source}: the file is gone; put it back or change `teacher.source`")
+    if _hashes(path.parent, [path.name])[path.name] != pin.revision:
+        raise UserError(
+            f"teacher {pin.source} changed since it was pinned; put the old file back, or pin the new one with "
+            "`dvc repro --force teacher`"
+        )
+    return dequantized(path, pin.source, str(pin.revision))
 
 
 class Teacher:
@@ -268,14 +294,14 @@ def _check(params: TeacherParams, folder: Path) -> _Checked:
     return _Checked(config, weights, rows, kept)
 
 
-def _pin(params: TeacherParams, kind: str, folder: Path) -> TeacherPin:
+def _pin(params: TeacherParams, kind: str, folder: Path, revision: str | None = None) -> TeacherPin:
     checked = _check(params, folder)
     config, weights = checked.config, checked.weights
     files = _hashes(folder, checked.files)
     pin = TeacherPin(
         source=params.source,
         kind=kind,
-        revision=params.revision if kind == "hub" else None,
+        revision=revision,
         trust_remote_code=params.trust_remote_code,
         files=files,
         digest=sha256_json(files),

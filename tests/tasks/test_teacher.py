@@ -1,55 +1,37 @@
-"""The stage `teacher` writes the pin and the tokenizer, and refuses in one line."""
+"""The first two stages take a teacher from a GGUF file."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
+from huggingface_hub import constants
 
-from lolcats_common.errors import UserError
+from lolcats_common.files import sha256_file
 from lolcats_common.params import params_from_dict
+from lolcats_core.model.modeling import linearize
 from lolcats_core.teacher.pin import Teacher
-from tasks.teacher import run
+from tasks import inputs, teacher
+from tasks.runner.stage import Stage, Untracked
+from tests.core.teacher.test_gguf import teacher as gguf_teacher
+from tests.core.teacher.test_gguf import write
+from tests.core.tiny import SETTINGS, tokens
 
 
-def stage(root: Path, **teacher: object) -> Any:
-    out = root / "outputs" / "teacher"
-    out.mkdir(parents=True)
-    return SimpleNamespace(root=root, out=out, params=params_from_dict({"teacher": teacher}))
-
-
-def test_the_stage_writes_a_pin_that_later_stages_load(tmp_path: Path) -> None:
-    started = stage(tmp_path, source="builtin")
-    metrics = run(started)
-    pin = Teacher.open(started.out).pin
-    assert sorted(path.name for path in started.out.iterdir()) == ["teacher.json", "tokenizer"]
-    assert metrics == {
-        "parameters": pin.parameters,
-        "layers": pin.layers,
-        "vocab_size": pin.vocab_size,
-        "bytes": pin.bytes,
-    }
-    tokenizer = Teacher.open(started.out).tokenizer()
-    model = Teacher.open(started.out).load(torch.float32, "cpu")
-    ids = torch.tensor([tokenizer("import os\nimport sys\n\n\ndef main(")["input_ids"]])
-    loss = model(input_ids=ids, labels=ids).loss.item()
-    assert loss < 5  # a uniform guess over 4096 tokens is 8.3
-
-
-def test_the_same_teacher_gives_the_same_outputs(tmp_path: Path) -> None:
-    contents = []
-    for name in ("a", "b"):
-        started = stage(tmp_path / name, source="builtin")
-        run(started)
-        contents.append({p.relative_to(started.out): p.read_bytes() for p in started.out.rglob("*") if p.is_file()})
-    assert contents[0] == contents[1]
-
-
-def test_a_teacher_that_cannot_be_used_stops_the_stage_and_leaves_nothing(tmp_path: Path) -> None:
-    started = stage(tmp_path, source="./missing")
-    with pytest.raises(UserError, match="no such directory"):
-        run(started)
-    assert not list(started.out.iterdir())
+def test_the_stages_inputs_and_teacher_take_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    source = write(tmp_path / "m.gguf", gguf_teacher(), Kind.Q8_0)
+    params = params_from_dict({"teacher": {"source": "m.gguf"}})
+    for name, run in (("inputs", inputs.run), ("teacher", teacher.run)):
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        stage = Stage(name, tmp_path, params, tmp_path / "outputs" / name, tmp_path / ".scratch" / name, Untracked())
+        metrics = run(stage)
+    assert metrics["layers"] == 2
+    listed = json.loads((tmp_path / "outputs" / "inputs" / "teacher.json").read_text())
+    assert (listed["kind"], listed["files"]) == ("gguf", {"m.gguf": sha256_file(source)})
+    found = Teacher.open(tmp_path / "outputs" / "teacher")
+    student = linearize(found.load(torch.float32, "cpu"), SETTINGS)
+    assert torch.isfinite(student(tokens(1, 40)).logits).all()

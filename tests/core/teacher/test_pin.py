@@ -118,6 +118,10 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def replace(path: Path, name: str, tensor: torch.Tensor) -> None:
+    save_file(load_file(path) | {name: tensor}, path, metadata={"format": "pt"})
+
+
 def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
@@ -140,6 +144,26 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no architecture": (lambda d: edit_json(d / "config.json", model_type=None), "architecture None cannot be"),
     "already linearized": (lambda d: edit_json(d / "config.json", model_type="lolcats_llama"), "already a linearized"),
     "quantized": (lambda d: edit_json(d / "config.json", quantization_config={"bits": 4}), "quantized"),
+    "quantized by a named method": (
+        lambda d: edit_json(d / "config.json", quantization_config={"quant_method": "awq", "bits": 4}),
+        "quantized weights cannot be linearized .config.json says awq.; give the unquantized model, or a GGUF file",
+    ),
+    "compressed tensors as older files say it": (
+        lambda d: edit_json(d / "config.json", compression_config={"quant_method": "compressed-tensors"}),
+        "says compressed-tensors",
+    ),
+    "8-bit floats of which config.json says nothing": (
+        lambda d: replace(d / WEIGHTS, "model.norm.weight", torch.zeros(32).to(torch.float8_e4m3fn)),
+        "model.norm.weight is F8_E4M3",
+    ),
+    "4-bit integers of which config.json says nothing": (
+        lambda d: replace(d / WEIGHTS, "model.layers.0.mlp.up_proj.qweight", torch.zeros(4, 32, dtype=torch.int32)),
+        "up_proj.qweight is I32",
+    ),
+    "bitsandbytes of which config.json says nothing": (
+        lambda d: replace(d / WEIGHTS, "model.layers.0.mlp.up_proj.weight.absmax", torch.zeros(4)),
+        "up_proj.weight.absmax is F32",
+    ),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), "weights are missing"),
     "pickled weights only": (pickle_only, "pickled weights are not loaded"),
     "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "damaged"),

@@ -92,6 +92,7 @@ def test_wrong_overrides_are_refused_before_anything_runs(
         ("teacher.source=builtn", "did you mean `builtin`?"),
         ("teacher.source=stages", "config.json is missing"),
         ("teacher.source=params.yaml", "is a file"),
+        ("teacher.source=models/mine.gguf", "teacher models/mine.gguf: no such file"),
         ("data.source=./nowhere.jsonl", "nowhere.jsonl does not exist"),
         ("data.source=texts.jsonl", "texts.jsonl does not exist"),
         ("data.source=texts/*.jsonl", "project/texts/*.jsonl"),
