@@ -83,6 +83,9 @@ def test_no_log_and_no_traceback_tells_a_secret(capsys: pytest.CaptureFixture[st
     logger = logging.getLogger("tests.secrets")
     handler = logging.StreamHandler(sys.stderr)  # as any library, Prefect among them, makes one
     logger.addHandler(handler)
+    # What other tests of this process made of the loggers above it does not matter here.
+    logger.propagate, logger.disabled = False, False
+    logger.setLevel(logging.ERROR)
     try:
         try:
             raise RuntimeError(f"http://bob:{PASSWORD}@host")
