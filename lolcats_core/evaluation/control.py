@@ -19,6 +19,8 @@ from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_lay
 from lolcats_common.records import LossDifference
 from lolcats_core.evaluation.position import buckets
 from lolcats_core.model.decoding.state_size import state_size
+from lolcats_core.training.allocation import all_groups, seeing
+from lolcats_core.training.ranking.criteria import Group
 
 SINKS = 4
 # Losses of neighbouring tokens are alike, so errors are taken between the means of blocks of so many.
@@ -34,29 +36,16 @@ def control_settings(config: Any, settings: LinearizeConfig, dtype: torch.dtype,
     Returns:
         None where nothing is linearized, or the student's bytes do not hold the first tokens and a window of two.
     """
-    count, local = kv_heads(config), local_layers(config)
-    layers = [layer for layer in range(config.num_hidden_layers) if layer not in local]
-    parts = {layer: settings.softmax_parts(layer, count) for layer in layers}
-    kept = {layer: {g: size for size, groups in found.items() for g in groups} for layer, found in parts.items()}
-    if all(len(groups) == count for groups in kept.values()):
+    groups, kept = all_groups(config), _kept(config, settings)
+    if len(kept) == len(groups):
         return None
+    unbounded = replace(settings, softmax_window=None, softmax_windows={}, softmax_sinks=0)
 
     def with_window(size: int) -> LinearizeConfig:
-        windows = {
-            layer: {group: window for group in range(count) if (window := groups.get(group, size)) is not None}
-            for layer, groups in kept.items()
-        }
-        return replace(
-            settings,
-            softmax_layers=tuple(layers),
-            softmax_heads={},
-            softmax_window=None,
-            softmax_windows={layer: sizes for layer, sizes in windows.items() if sizes},
-            softmax_sinks=SINKS,
-        )
+        return seeing(unbounded, {group: kept.get(group, size) for group in groups}, SINKS, config)
 
     budget = state_size(config, settings, dtype).at(tokens)
-    smallest, own = SINKS + 1, None if local else getattr(config, "sliding_window", None)
+    smallest, own = SINKS + 1, None if local_layers(config) else getattr(config, "sliding_window", None)
     largest = min(tokens, own - 1) if own is not None else tokens
 
     def fits(size: int) -> bool:
@@ -73,13 +62,20 @@ def control_settings(config: Any, settings: LinearizeConfig, dtype: torch.dtype,
 
 def window_of(control: LinearizeConfig, settings: LinearizeConfig, config: Any) -> int:
     """Newest tokens that the control sees in place of the linearized groups of `settings`."""
-    count = kv_heads(config)
-    for layer, windows in control.softmax_windows.items():
-        kept = {group for groups in settings.softmax_parts(layer, count).values() for group in groups}
-        for group, size in windows.items():
-            if group not in kept:
-                return size
-    raise ValueError("the settings are not those of a control")
+    kept = _kept(config, settings)
+    layer, group = next(group for group in all_groups(config) if group not in kept)
+    return control.softmax_windows[layer][group]
+
+
+def _kept(config: Any, settings: LinearizeConfig) -> dict[Group, int | None]:
+    """The kv groups that keep softmax attention, and the newest tokens that each sees; None for all."""
+    layers = dict.fromkeys(layer for layer, _ in all_groups(config))
+    return {
+        (layer, group): size
+        for layer in layers
+        for size, groups in settings.softmax_parts(layer, kv_heads(config)).items()
+        for group in groups
+    }
 
 
 def loss_differences(student: list[list[float]], control: list[list[float]]) -> list[LossDifference]:
