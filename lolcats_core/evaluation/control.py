@@ -19,8 +19,8 @@ from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_lay
 from lolcats_common.records import LossDifference
 from lolcats_core.evaluation.position import buckets
 from lolcats_core.model.decoding.state_size import state_size
+from lolcats_core.model.kv_groups import Group
 from lolcats_core.training.allocation import all_groups, seeing
-from lolcats_core.training.ranking.criteria import Group
 
 SINKS = 4
 # Losses of neighbouring tokens are alike, so errors are taken between the means of blocks of so many.

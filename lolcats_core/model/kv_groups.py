@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Group = tuple[int, int]  # one of a model's: layer, kv head
+
 
 @dataclass(frozen=True)
 class KVGroups:

@@ -17,7 +17,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
 from lolcats_common.params import SelectParams
 from lolcats_core.model.decoding.state_size import state_size, teacher_size
-from lolcats_core.training.ranking.criteria import Group
+from lolcats_core.model.kv_groups import Group
 
 
 @dataclass(frozen=True)

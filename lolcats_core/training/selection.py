@@ -20,6 +20,7 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import SelectParams
 from lolcats_common.records import AllocationRecord, CandidateRecord, SelectionRecord
 from lolcats_core.model.forward import rows_per_forward
+from lolcats_core.model.kv_groups import Group
 from lolcats_core.model.map_files import restrict_maps
 from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
 from lolcats_core.training.allocation import Allocation, all_groups, allocate, keeping
@@ -32,7 +33,6 @@ from lolcats_core.training.ranking.criteria import (
     Candidate,
     Divergence,
     Evidence,
-    Group,
     Retrieval,
     rank,
     transfer_scores,

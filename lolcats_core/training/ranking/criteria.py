@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lolcats_core.model.kv_groups import Group
 from lolcats_core.training.attention_transfer import Errors
 
-Group = tuple[int, int]  # layer, kv head
 # The student's KL to the teacher with softmax attention in these kv groups alone.
 Divergence = Callable[[frozenset[Group]], float]
 # What the teacher loses on each probe with these kv groups cut to a window, for each cut (`retrieval.cut_losses`).

@@ -17,12 +17,12 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_common.params import SelectParams
 from lolcats_common.progress import progress
-from lolcats_core.model.kv_groups import KVGroups
+from lolcats_core.model.kv_groups import Group, KVGroups
 from lolcats_core.model.modeling import attention_layers, linearize
 from lolcats_core.model.softmax_attention import KeptGroups, SoftmaxWindow
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss
-from lolcats_core.training.ranking.criteria import Group, Retrieval
+from lolcats_core.training.ranking.criteria import Retrieval
 from lolcats_core.training.ranking.probes import Probe, make_probes
 
 # Tokens of a forward pass; the outputs of every layer stay in memory while the groups take their turns.

@@ -65,7 +65,7 @@ def test_a_relabelled_dtype_is_refused_from_the_header(tmp_path: Path, monkeypat
     teacher = make_teacher(tmp_path / "teacher")
     relabel(teacher / WEIGHTS, NAME, "I32")
     monkeypatch.setattr(numbers, "check_finite", lambda *arguments: pytest.fail("values were read"))
-    with pytest.raises(UserError, match=rf"tensor {NAME} must be of floating-point numbers, got I32"):
+    with pytest.raises(UserError, match=rf"quantized weights cannot be linearized \({NAME} is I32\)"):
         resolve(teacher, tmp_path)
 
 
