@@ -204,7 +204,8 @@ def train(
         evaluate: validation metrics, ``loss`` among them; called before the first step, every `eval_every` and at
             the end.
         scratch: directory of the step checkpoint.
-        log: receives metrics and the optimiser step.
+        log: receives metrics and the optimiser step; a run that continues begins with those of the steps that it has,
+            since what the killed one had not sent yet is lost.
         make_optimizer: AdamW with `lr` and `weight_decay` unless given; its learning rates are scheduled.
         weigh: what rows count for in the mean that ``loss`` is, so that a step's loss is the same mean over all its
             rows however micro-batches and processes divide them.
@@ -228,6 +229,7 @@ def train(
     if checkpoint.exists():
         run.load(checkpoint, fingerprint)
         logger.info("%s: continuing from step %d of %d", label, run.result.steps, steps)
+        log_history(run.result, log)
     else:
         _validate(run, evaluate, log)
     started = time.monotonic() - run.result.seconds
@@ -275,6 +277,12 @@ def train(
     run.save(checkpoint, fingerprint)
     run.restore(run.best)
     return run.result
+
+
+def log_history(result: TrainResult, log: Callable[[dict[str, float], int], None]) -> None:
+    """Log every entry of a run's history at its step."""
+    for entry in result.history:
+        log({name: value for name, value in entry.items() if name != "step"}, int(entry["step"]))
 
 
 def _mean(window: list[dict[str, Tensor]], steps: int, label: str, step: int) -> dict[str, float]:

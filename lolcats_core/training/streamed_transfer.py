@@ -47,7 +47,7 @@ from lolcats_core.training.attention_transfer import (
 )
 from lolcats_core.training.calibration import calibrate_layer, calibration_rows
 from lolcats_core.training.hidden_rows import Calibration, HiddenRows
-from lolcats_core.training.loop import Rows, TrainResult, train
+from lolcats_core.training.loop import Rows, TrainResult, log_history, train
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ class StreamedTransfer:
         for index in range(last + 1):
             moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
             initial = self._initial(index)
+            if index in self.maps and self._done(index):
+                log_history(self._saved(index)[0], self._log_layer)
             if self._done(index) and (moved_on or index == last):
                 continue
             begun = dict(self.stopwatch.seconds)
@@ -132,6 +134,14 @@ class StreamedTransfer:
 
     def _result(self, index: int) -> Path:
         return self.scratch / f"layer_{index:03d}.result.pt"
+
+    def _saved(self, index: int) -> tuple[TrainResult, Errors]:
+        saved = torch.load(self._result(index), weights_only=True)
+        return TrainResult(**saved["result"]), saved["errors"]
+
+    def _log_layer(self, metrics: dict[str, float], step: int) -> None:
+        """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
+        self.log({name: value for name, value in metrics.items() if "layer_" in name}, step)
 
     def _done(self, index: int) -> bool:
         return index not in self.maps or distributed.broadcast(self._file(index).is_file())
@@ -183,7 +193,7 @@ class StreamedTransfer:
             scratch=own_scratch,
             seed=self.seed,
             device=student.device,
-            log=lambda metrics, step: self.log(_of_layers(metrics), step),
+            log=self._log_layer,
             label=f"attention transfer, layer {index} (of {len(student.layers)})",
         )
         with self.stopwatch.part("validation"):
@@ -230,15 +240,10 @@ class StreamedTransfer:
         results, errors = [], Errors()
         for index, maps in self.maps.items():
             tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
-            saved = torch.load(self._result(index), weights_only=True)
-            results.append(TrainResult(**saved["result"]))
-            errors |= saved["errors"]
+            result, measured = self._saved(index)
+            results.append(result)
+            errors |= measured
         return tensors, _merged(results), errors
-
-
-def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
-    """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
-    return {name: value for name, value in metrics.items() if "layer_" in name}
 
 
 def _merged(results: list[TrainResult]) -> TrainResult:

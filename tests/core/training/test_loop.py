@@ -46,13 +46,19 @@ def params(**changes: Any) -> TransferParams:
 
 
 def transfer(
-    scratch: Path, die_at: int | None = None, seed: int = 0, **changes: Any
+    scratch: Path,
+    die_at: int | None = None,
+    seed: int = 0,
+    logged: list[dict[str, float]] | None = None,
+    **changes: Any,
 ) -> tuple[dict[str, torch.Tensor], Any]:
     student = linearize(tiny_teacher(), SETTINGS)
 
     def log(metrics: dict[str, float], step: int) -> None:
         if step == die_at and "train_loss" in metrics:
             raise Killed
+        if logged is not None:
+            logged.append({"step": step, **metrics})
 
     rows, validation = FakeRows(24), FakeRows(8, seed=1)
     result = attention_transfer(student, rows, validation, params(**changes), scratch=scratch, seed=seed, log=log)
@@ -68,9 +74,12 @@ def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(tmp_path: Path,
     expected, undisturbed = transfer(tmp_path / "a")
     with pytest.raises(Killed):
         transfer(tmp_path / "b", die_at=die_at)
-    actual, resumed = transfer(tmp_path / "b")
+    logged: list[dict[str, float]] = []
+    actual, resumed = transfer(tmp_path / "b", logged=logged)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert timeless(resumed.history) == timeless(undisturbed.history)
+    # The whole curve: of what the killed run logged, nobody knows what arrived.
+    assert timeless(logged) == timeless(undisturbed.history)
     assert (resumed.best_loss, resumed.best_step, resumed.tokens) == (
         undisturbed.best_loss,
         undisturbed.best_step,

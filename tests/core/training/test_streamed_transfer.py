@@ -205,8 +205,13 @@ def test_killed_in_the_training_of_any_layer_it_ends_in_the_same_bytes(
 
     with pytest.raises(Killed):
         streamed(teacher_folder, tmp_path / "killed", log=log)
-    actual, result, _ = streamed(teacher_folder, tmp_path / "killed")
+    logged: set[tuple[str, int]] = set()
+    actual, result, _ = streamed(
+        teacher_folder, tmp_path / "killed", log=lambda metrics, at: logged.update((name, at) for name in metrics)
+    )
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    # The whole curve of every layer: of what the killed run logged, nobody knows what arrived.
+    assert logged == {(name, int(e["step"])) for e in result.history for name in e if "layer_" in name}
     assert [e.get("train_loss") for e in result.history] == [e.get("train_loss") for e in undisturbed.history]
 
 
