@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,12 +159,7 @@ class _Run:
             torch.save(state, partial)
 
     def load(self, path: Path, fingerprint: str) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"{path}: the checkpoint is damaged ({type(error).__name__}); delete it to start this stage again"
-            ) from None
+        state = read_checkpoint(path, "delete it to start this stage again")
         if not isinstance(state, dict) or state.get("fingerprint") != fingerprint:
             raise UserError(f"{path}: the checkpoint is of another run; delete it to start this stage again")
         self.restore(state["weights"])
@@ -177,6 +173,21 @@ class _Run:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def read_checkpoint(path: Path, remedy: str) -> Any:
+    """What `torch.save` wrote, every part held against its checksum, which `torch.load` itself does not look at.
+
+    Raises:
+        UserError: it is damaged; `remedy` says what to do.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({type(error).__name__}); {remedy}") from None
 
 
 def train(

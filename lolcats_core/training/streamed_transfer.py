@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lolcats_common.errors import UserError
@@ -47,7 +46,7 @@ from lolcats_core.training.attention_transfer import (
 )
 from lolcats_core.training.calibration import calibrate_layer, calibration_rows
 from lolcats_core.training.hidden_rows import Calibration, HiddenRows
-from lolcats_core.training.loop import Rows, TrainResult, log_history, train
+from lolcats_core.training.loop import Rows, TrainResult, log_history, read_checkpoint, train
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class StreamedTransfer:
             moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
             initial = self._initial(index)
             if index in self.maps and self._done(index):
-                log_history(self._saved(index)[0], self._log_layer)
+                log_history(self._saved(index)[1], self._log_layer)
             if self._done(index) and (moved_on or index == last):
                 continue
             begun = dict(self.stopwatch.seconds)
@@ -130,14 +129,16 @@ class StreamedTransfer:
         return values
 
     def _file(self, index: int) -> Path:
-        return self.scratch / f"layer_{index:03d}.safetensors"
+        return self.scratch / f"layer_{index:03d}.pt"
 
-    def _result(self, index: int) -> Path:
-        return self.scratch / f"layer_{index:03d}.result.pt"
+    def _saved(self, index: int) -> tuple[dict[str, Tensor], TrainResult, Errors]:
+        """Maps, training and errors of a layer that is done.
 
-    def _saved(self, index: int) -> tuple[TrainResult, Errors]:
-        saved = torch.load(self._result(index), weights_only=True)
-        return TrainResult(**saved["result"]), saved["errors"]
+        Raises:
+            UserError: its file is damaged.
+        """
+        saved = read_checkpoint(self._file(index), f"delete {self.scratch} to start stage 1 again")
+        return saved["maps"], TrainResult(**saved["result"]), saved["errors"]
 
     def _log_layer(self, metrics: dict[str, float], step: int) -> None:
         """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
@@ -200,10 +201,8 @@ class StreamedTransfer:
             errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
         if distributed.is_main():
             tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
-            with atomic_file(self._result(index)) as partial:
-                torch.save({"result": vars(result), "errors": errors}, partial)
             with atomic_file(self._file(index)) as partial:
-                save_file(tensors, partial)
+                torch.save({"maps": tensors, "result": vars(result), "errors": errors}, partial)
             shutil.rmtree(own_scratch, ignore_errors=True)
         distributed.barrier()
 
@@ -239,8 +238,8 @@ class StreamedTransfer:
         tensors: dict[str, Tensor] = {}
         results, errors = [], Errors()
         for index, maps in self.maps.items():
-            tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
-            result, measured = self._saved(index)
+            trained, result, measured = self._saved(index)
+            tensors |= {f"{self.names[maps]}.{name}": value for name, value in trained.items()}
             results.append(result)
             errors |= measured
         return tensors, _merged(results), errors
