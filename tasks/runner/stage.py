@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
+from filelock import FileLock, Timeout
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import (
@@ -55,6 +56,7 @@ REPRO_VARIABLE = "LOLCATS_REPRO"  # one call of `tasks.versioning.dvc_graph.repr
 STATE = "run.json"
 ERROR = "error.txt"
 RANK = "RANK"  # set by torchrun
+LOCK_SECONDS = 10.0
 
 
 class Stage:
@@ -221,7 +223,9 @@ def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = T
                 error_file.unlink(missing_ok=True)
         _watch_ancestors()
         if _rank() == 0:
-            _run_stage(name, root, run, tracked)
+            params = load_params(root / "params.yaml")
+            with _alone(name, root):
+                _run_stage(name, root, params, run, tracked)
         else:
             _run_worker_rank(name, root, run)
 
@@ -273,8 +277,25 @@ def _leave_group() -> None:
         distributed.finish()
 
 
-def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
-    params = load_params(root / "params.yaml")
+@contextlib.contextmanager
+def _alone(name: str, root: Path) -> Iterator[None]:
+    """Wait a moment for a process of this stage that is ending; two would write into one another's outputs.
+
+    Raises:
+        UserError: one still runs.
+    """
+    lock = root / ".scratch" / f"{name}.lock"
+    with disk_refusals(lock):
+        lock.parent.mkdir(exist_ok=True)
+        try:
+            held = FileLock(lock).acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(f"this stage already runs in {root}; wait for its end, or end it") from None
+    with held:
+        yield
+
+
+def _run_stage(name: str, root: Path, params: Params, run: Work | None, tracked: bool) -> None:
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key
     try:
