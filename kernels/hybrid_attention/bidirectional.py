@@ -15,7 +15,6 @@ z = sum phi(k_j) are made once. Queries of the prefix keep softmax over all keys
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import cast
 
 import torch
