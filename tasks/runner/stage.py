@@ -127,8 +127,12 @@ def scratch_key(name: str, root: Path, params: Params) -> str:
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     if name not in stages:
         raise UserError(f"dvc.yaml has no stage {name!r}; its stages: {', '.join(stages)}")
-    values = dataclasses.asdict(params)
-    chosen = {key: _lookup(values, key, name) for key in stages[name].get("params") or []}
+    chosen: dict[str, Any] = {}
+    for entry in stages[name].get("params") or []:
+        # A mapping names the values of another file, such as package.yaml outside a checkout.
+        for file, keys in entry.items() if isinstance(entry, dict) else [("", [entry])]:
+            values = read_yaml(root / file) if file else dataclasses.asdict(params)
+            chosen |= {f"{file}:{key}" if file else key: _lookup(values, key, name) for key in keys}
     contents = {dep: _content(root / dep, dep, name) for dep in stages[name].get("deps") or []}
     return sha256_json({"params": chosen, "deps": contents})[:16]
 
