@@ -114,8 +114,10 @@ def _database(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets, or its type where it has none."""
-    lines = redacted(str(error)).strip().splitlines()
+    """The first line of an error's text that says something, without secrets, or its type where there is none."""
+    lines = [
+        line for line in redacted(str(error)).strip().splitlines() if not line.startswith("(raised as a result of")
+    ]
     return lines[0] if lines else type(error).__name__
 
 
