@@ -258,7 +258,7 @@ class Measurements:
         """Make the items of the project's own tasks, for lm-eval and beside the results."""
         chosen = {name for name in self.params.tasks if name in (*synthetic.TASKS, code_continuation.NAME)}
         haystack = ""
-        if "needle" in chosen:
+        if chosen & synthetic.IN_TEXT:
             haystack = synthetic.validation_text(self.rows, self.tokenizer, 2 * max(self.params.synthetic_lengths))
         for name in sorted(chosen):
             file = self.stage.scratch / f"{name}.jsonl"
