@@ -174,6 +174,7 @@ class Measurements:
             "tokens": tokens,
             "bytes": sizes[0],
             "student_bytes": sizes[1],
+            "trained": self.params.control == "trained",
             "perplexity": self.perplexity("control")["perplexity"],
             "recall": {str(gap): measured_value(self.recall("control", gap)) for gap in self.params.recall_gaps},
             "positions": None,

@@ -130,7 +130,8 @@ def test_ruler_gives_the_earlier_parts_of_an_answer_in_their_order() -> None:
 def test_ruler_asks_as_a_chat_where_the_tokenizer_knows_one() -> None:
     tokenizer = byte_tokenizer()
     plain = make_items("ruler_single_2", tokenizer, (900,), 1, haystack=HAYSTACK)[0]
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     chat = make_items("ruler_single_2", tokenizer, (900,), 1, haystack=HAYSTACK)[0]
     assert chat.target == plain.target
     assert chat.context.startswith("<user>Some special magic")
