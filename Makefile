@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers test-suite lint format status serve stop clean distclean
+.PHONY: help setup demo test test-transformers test-suite lint format wheel status serve stop clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,14 +85,19 @@ format: $(VENV)/.installed ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel: $(VENV)/.installed ## the distribution into dist/, checked
+	@rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 status: $(VENV)/.installed ## stages, runs and registered versions
 	@$(BIN)/lolcats status
 
 serve: $(VENV)/.installed ## Prefect server, worker and MLflow server on loopback, with the deployments of prefect.yaml
-	@$(BIN)/python -m tasks.operations.services start
+	@$(BIN)/lolcats serve
 
 stop: $(VENV)/.installed ## end what `make serve` started
-	@$(BIN)/python -m tasks.operations.services stop
+	@$(BIN)/lolcats stop
 
 clean: ## remove outputs, resume state and worktrees; keep runs, registered models and DVC's cache
 	rm -rf outputs .scratch .worktrees reports/summary.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

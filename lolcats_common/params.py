@@ -21,9 +21,10 @@ from lolcats_common.errors import require as _require
 from lolcats_common.files import DEEPEST, load_yaml
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.operation_params import GatesParams, RelinearizeParams
+from lolcats_common.project import HOME
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 
-PRESETS = Path(__file__).parents[1] / "presets"
+PRESETS = HOME / "presets"
 # A path may be so long. Lone surrogates stand for bytes of a command line that are not UTF-8.
 _LONGEST, _UNPRINTABLE = 4096, re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("finetune", parallel=True)  # before the imports below, which take seconds
+    main("finetune", parallel=True, preflight=True)  # before the imports below, which take seconds
 
 from collections.abc import Mapping
 

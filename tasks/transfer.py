@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("transfer", parallel=True)  # before the imports below, which take seconds
+    main("transfer", parallel=True, preflight=True)  # before the imports below, which take seconds
 
 from collections.abc import Mapping
 
@@ -18,7 +18,6 @@ from lolcats_core.streaming.student import causal_model, open_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.transfer import transfer
 from tasks.reporting.figures import layer_figure, loss_figure
-from tasks.runner import preflight
 from tasks.runner.artifacts import MAPS, open_rows, training_metrics, write_history
 from tasks.runner.stage import Stage
 
@@ -26,7 +25,6 @@ from tasks.runner.stage import Stage
 def run(stage: Stage) -> Mapping[str, float]:
     """Write feature_maps.safetensors, linearize.json, errors.json and history.jsonl; metrics of the training."""
     params, teacher = stage.params, Teacher.open(stage.input("teacher"))
-    preflight.check(params, teacher.config)
     device, (train_rows, validation_rows) = stage.device(), open_rows(stage)
     streamed = choose_transfer_mode(params, ModelShape.from_config(teacher.config), device) == "streamed"
     student = open_student(

@@ -49,6 +49,8 @@ OURS = {"lolcats_common", "lolcats_core", "lolcats_kernels"}
 NEVER = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 # Documents that a run writes.
 WRITTEN = {"ablation.md", "frontier.md", "model_card.md", "summary.md"}
+# Packages of the distribution that hold no Python.
+WITHOUT_MODULES = {"lolcats_core.evaluation.lm_eval_tasks", "lolcats_core.teacher.builtin"}
 # A folder's floor that can be taken in at one look.
 FLOOR = 14
 
@@ -158,12 +160,16 @@ def test_the_tasks_floor_holds_the_stages_alone() -> None:
 
 def test_the_distribution_holds_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in MODULES.values()} | {ROOT / "kernels"}
-    names = {
-        module_name(folder / "__init__.py", folder.relative_to(ROOT).parts[0].replace("kernels", "lolcats_kernels"))
-        for folder in folders
+    folders = {path.parent for path in MODULES.values()} | {ROOT / "kernels", ROOT / "presets"}
+    places = {
+        "kernels": "lolcats_kernels",
+        **{name: f"lolcats_pipeline.{name}" for name in ("flows", "presets", "tasks")},
     }
-    assert names <= set(settings["packages"])
+    names = {"lolcats_pipeline"}
+    for folder in folders:
+        top, *below = folder.relative_to(ROOT).parts
+        names.add(".".join((places.get(top, top), *below)))
+    assert names == set(settings["packages"]) - WITHOUT_MODULES
 
 
 def test_a_legend_of_dimensions_stands_in_the_module_s_docstring() -> None:

@@ -204,7 +204,9 @@ class Run:
 
         try:
             found = client.get_run(run_id)
-        except MlflowException:
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
             logger.warning("MLflow run %s is gone; starting a new one", run_id)
             return None
         if found.info.lifecycle_stage != "active":

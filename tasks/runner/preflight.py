@@ -1,4 +1,4 @@
-"""What a later stage would refuse, refused before the first expensive one starts."""
+"""What a later stage would refuse, refused before a run and before each expensive stage starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lolcats_core.data import sources
 from lolcats_core.evaluation import synthetic
 from lolcats_core.evaluation.harness import task_folder
 from lolcats_core.model.modeling import empty_student
-from lolcats_core.teacher.pin import examine_teacher
+from lolcats_core.teacher.pin import Teacher, examine_teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from lolcats_core.training.selection import check_budget
 
@@ -32,6 +32,15 @@ def check_run(params: Params, root: Path) -> None:
     config = examine_teacher(params.teacher, root)
     if config is not None:
         check(params, config)
+
+
+def check_pinned(params: Params, root: Path) -> None:
+    """`check` against the teacher that the stage `teacher` pinned.
+
+    Raises:
+        UserError: the pin is missing or damaged, or as `check`.
+    """
+    check(params, Teacher.open(root / "outputs" / "teacher").config)
 
 
 def check(params: Params, teacher: PreTrainedConfig) -> None:

@@ -31,6 +31,7 @@ from lolcats_common.params import read_yaml
 from lolcats_common.secrets import redacted
 from tasks.runner.processes import GRACE_SECONDS, end_group
 from tasks.runner.stage import ERROR, FLOW_VARIABLE, REPRO_VARIABLE, STATE
+from tasks.versioning import package
 
 logger = logging.getLogger(__name__)
 State = Literal["ran", "restored", "unchanged"]
@@ -97,11 +98,13 @@ def run_dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -
 
 
 def repair(root: Path) -> None:
-    """Remove what a killed DVC left half-written, which writes dvc.lock and its lock file in place; `follow_git`.
+    """Remove what a killed DVC left half-written, which writes dvc.lock and its lock file in place.
 
     Without dvc.lock nothing is lost: DVC finds each stage's result in its run cache by what the stage depends on.
+    `follow_git` and `package.follow` bring what else DVC reads to the present state.
     """
     follow_git(root)
+    package.follow(root)
     lock = root / "dvc.lock"
     if lock.is_file() and not _is_whole(lock):
         logger.warning("dvc.lock was left half-written by a run that was killed; it is made anew")

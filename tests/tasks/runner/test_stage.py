@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
@@ -46,6 +48,10 @@ def test_outputs_metrics_and_run_appear_together_and_the_scratch_goes(fake_proje
     assert tracked.data.params["finetune.lr"] == "0.001"
     assert tracked.data.metrics["loss"] == 0.5
     assert not (fake_project / ".scratch" / "teacher").exists()
+
+
+def interrupted(stage: Stage) -> Mapping[str, float]:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,22 @@ def test_damaged_resume_state_is_replaced(fake_project: Path, content: bytes) ->
     directory = scratch(fake_project, "teacher")
     directory.mkdir(parents=True)
     (directory / STATE).write_bytes(content)
+    assert execute("teacher", fake_project, succeed) == 0
+    assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
+
+
+def test_a_run_is_not_begun_anew_because_the_store_does_not_answer(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute("teacher", fake_project, interrupted) == 130
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: object) -> None:
+            raise MlflowException("HTTP 503: try again later")
+
+        patch.setattr(MlflowClient, "get_run", fail)
+        assert execute("teacher", fake_project, succeed) == 1
+        assert "cannot be written: HTTP 503" in capsys.readouterr().err
     assert execute("teacher", fake_project, succeed) == 0
     assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
 
