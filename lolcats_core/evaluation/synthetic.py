@@ -60,7 +60,6 @@ def make_items(
     lengths: Sequence[int],
     per_cell: int,
     *,
-    depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     haystack: str = GARBAGE,
 ) -> list[SyntheticItem]:
@@ -78,7 +77,7 @@ def make_items(
         raise UserError(f"a synthetic task must be one of {', '.join(TASKS)}, got {task!r}")
     items = []
     for length in lengths:
-        for depth in depths:
+        for depth in DEPTHS:
             for number in range(per_cell):
                 key = [seed, list(TASKS).index(task), length, round(1000 * depth), number]
                 context, target = _longest(TASKS[task], key, depth, haystack, tokenizer, length, task)
@@ -149,8 +148,8 @@ def _longest(
     return build(low)
 
 
-def _word(rng: np.random.Generator, syllables: int = 2) -> str:
-    return "".join(rng.choice(list(CONSONANTS)) + rng.choice(list(VOWELS)) for _ in range(syllables))
+def _word(rng: np.random.Generator) -> str:
+    return "".join(rng.choice(list(CONSONANTS)) + rng.choice(list(VOWELS)) for _ in range(2))
 
 
 def _copy(rng: np.random.Generator, units: int, depth: float, _: str) -> tuple[str, str]:
