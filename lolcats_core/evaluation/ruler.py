@@ -43,9 +43,9 @@ class Item(NamedTuple):
 Maker = Callable[[np.random.Generator, int, float, str], Item]
 
 
-def word(rng: np.random.Generator, syllables: int = 2) -> str:
+def word(rng: np.random.Generator) -> str:
     """A word that no text holds."""
-    return "".join(rng.choice(list(CONSONANTS)) + rng.choice(list(VOWELS)) for _ in range(syllables))
+    return "".join(rng.choice(list(CONSONANTS)) + rng.choice(list(VOWELS)) for _ in range(2))
 
 
 def _different(rng: np.random.Generator, count: int, make: Callable[[np.random.Generator], str]) -> list[str]:

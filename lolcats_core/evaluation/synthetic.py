@@ -62,7 +62,6 @@ def make_items(
     lengths: Sequence[int],
     per_cell: int,
     *,
-    depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     haystack: str = GARBAGE,
 ) -> list[SyntheticItem]:
@@ -81,7 +80,7 @@ def make_items(
     maker = _PLAIN[task] if task in _PLAIN else _asked(ruler.TASKS[task], tokenizer)
     items = []
     for length in lengths:
-        for depth in depths:
+        for depth in DEPTHS:
             for number in range(per_cell):
                 key = [seed, TASKS.index(task), length, round(1000 * depth), number]
                 context, target = _longest(maker, key, depth, haystack, tokenizer, length, task)

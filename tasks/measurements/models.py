@@ -16,8 +16,7 @@ from lolcats_core import linearize, load_feature_maps, low_rank_finetune
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.compute.numbers import check_folder
 from lolcats_core.data.rows import TokenRows
-from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
-from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.estimation.memory import ModelShape, device_memory, evaluated_by_layers
 from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.evaluation.streamed_perplexity import streamed_perplexity

@@ -21,7 +21,7 @@ from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
 from lolcats_common.records import Audit, Control, Measured, Positions, StateBytes
 from lolcats_core import LinearizeConfig
-from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.rows import open_split
 from lolcats_core.data.special_tokens import begin_ids, special_ids
 from lolcats_core.evaluation import audit, code_continuation, control, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
@@ -48,8 +48,7 @@ class Measurements:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.params = stage, stage.params.evaluate
-        data = stage.input("prepare")
-        self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
+        self.train_rows, self.rows = open_split(stage.input("prepare"))
         self.models = models.Models(stage, int(self.rows.sequence_length))
         self.left_out: list[str] = []
         if self.models.by_layer:
