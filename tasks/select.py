@@ -7,14 +7,13 @@ if __name__ == "__main__":
 
     main("select", preflight=True)  # before the imports below, which take seconds
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import write_json
+from lolcats_common.files import read_json, write_json
 from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.data.rows import open_split
@@ -35,7 +34,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write selection.json, its plot, and feature_maps.safetensors of what stays linear."""
     params, settings = stage.params.select, stage.params.linearize
     teacher = Teacher.open(stage.input("teacher"))
-    saved = json.loads((stage.input("transfer") / "errors.json").read_text(encoding="utf-8"))
+    saved = read_json(stage.input("transfer") / "errors.json", "run `dvc repro transfer`")
     errors = {int(layer): each for layer, each in saved.items()}
     measures = _measures(stage, teacher) if params.chooses else {}
     dtype = resolve_dtype(stage.params.compute.precision)

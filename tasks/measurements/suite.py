@@ -66,14 +66,17 @@ class Measurements:
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
     def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
-        """The result of `measure`, from the scratch directory where an earlier, cut-short run left it."""
+        """The result of `measure`, from the scratch directory where an earlier, cut-short run left it whole."""
         file = self.stage.scratch / "measured" / f"{name}.json"
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            result = measure()
-            write_json(file, result)
-            return result
+            pass
+        except (OSError, ValueError, TypeError):
+            logger.warning("%s is damaged; measured again", file)
+        result = measure()
+        write_json(file, result)
+        return result
 
     def cached(
         self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]

@@ -26,6 +26,7 @@ import psutil
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
+from tasks.runner import new_store
 from tasks.runner.mlflow_run import connect, experiment_id
 
 HOST = "127.0.0.1"
@@ -54,6 +55,7 @@ def start(root: Path) -> dict[str, str]:
     for name in servers:
         _end(_group(root, name))  # what its main process, killed alone, left behind on its port
     variables = _saved(root) if running else _fresh(root)
+    new_store.ensure(root / "mlflow.db")  # the server would make it too, but not whole or not at all
     try:
         for name in servers:
             _launch(root, name, *_server(root, name, variables))

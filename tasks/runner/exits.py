@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
 
 from lolcats_common.errors import UserError
+
+_OWNER = "the user who runs this needs access there"
+_OPEN_FILES = "raise the limit (`ulimit -n`) or run less at a time"
+DENIED = {errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES}
 
 
 class Terminated(BaseException):
@@ -23,8 +28,20 @@ def print_error(message: str) -> None:
     print(f"Error: {message}", file=sys.stderr, flush=True)
 
 
+def denial(error: BaseException | None) -> str | None:
+    """What this machine denies to the user who runs the program, in one line; None where that is not what happened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DENIED:
+            where = f"{error.filename}: " if error.filename is not None else ""
+            return str(UserError(f"{where}{error.strerror}; {DENIED[error.errno]}"))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[str], object] = print_error) -> int:
     """Do `work` and return the program's exit code; any exception but those below is a defect and keeps its traceback.
+
+    What the machine denies (`DENIED`), wherever it does, is no defect: it is said as a user's error is.
 
     Args:
         name: of the program, said where it was ended by a signal.
@@ -41,4 +58,10 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        denied = denial(error)
+        if denied is None:
+            raise
+        on_error(denied)
+        return 1
     return 0

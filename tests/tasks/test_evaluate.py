@@ -211,6 +211,20 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_and_measures_nothing_twice
     assert all((whole.out / file).read_bytes() == (resumed.out / file).read_bytes() for file in same)
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff"])
+def test_what_a_cut_short_run_left_damaged_is_measured_again(outputs: Path, tmp_path: Path, damage: bytes) -> None:
+    params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, tasks=("copy",), audit_rows=0, long_rows=0))
+    whole, again = FakeStage(outputs, tmp_path / "whole", params), FakeStage(outputs, tmp_path / "again", params)
+    evaluate.run(whole)  # type: ignore[arg-type]
+    evaluate.run(again)  # type: ignore[arg-type]
+    kept = [path for folder in (again.scratch, again.results) for path in folder.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in kept} >= {"measured", "answers", "results"}
+    for file in kept:
+        file.write_bytes(damage)
+    evaluate.run(again)  # type: ignore[arg-type]
+    assert (whole.out / "evaluation.json").read_bytes() == (again.out / "evaluation.json").read_bytes()
+
+
 def test_a_finished_evaluation_loads_no_model(outputs: Path, tmp_path: Path, loaded: list[str]) -> None:
     for _ in range(2):
         evaluate.run(FakeStage(outputs, tmp_path))  # type: ignore[arg-type]
