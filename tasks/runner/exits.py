@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 from lolcats_common.errors import UserError
+from lolcats_common.files import REFUSALS
 
 
 class Terminated(BaseException):
@@ -26,14 +28,23 @@ def print_error(message: str) -> None:
 def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[str], object] = print_error) -> int:
     """Do `work` and return the program's exit code; any exception but those below is a defect and keeps its traceback.
 
+    A disk that takes no more is the user's, whether it holds a file or what the program prints.
+
     Args:
         name: of the program, said where it was ended by a signal.
         on_error: gets the message of a `UserError`, which is one line.
     """
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         on_error(" ".join(str(error).split()))
+        return 1
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        place = error.filename or "the output"
+        on_error(f"{place}: {os.strerror(error.errno)}; free space there and run the same command again")
         return 1
     except Terminated:
         print(f"{name}: stopped; the same command continues from the last checkpoint", file=sys.stderr)
