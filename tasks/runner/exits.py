@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 from lolcats_common.errors import UserError
+from lolcats_common.files import REFUSALS
 
 _OWNER = "the user who runs this needs access there"
 _OPEN_FILES = "raise the limit (`ulimit -n`) or run less at a time"
-DENIED = {errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES}
+DENIED = {
+    **{errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES},
+    **dict.fromkeys(REFUSALS, "free space there and run the same command again"),
+}
 
 
 class Terminated(BaseException):
@@ -32,8 +37,9 @@ def denial(error: BaseException | None) -> str | None:
     """What this machine denies to the user who runs the program, in one line; None where that is not what happened."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DENIED:
-            where = f"{error.filename}: " if error.filename is not None else ""
-            return str(UserError(f"{where}{error.strerror}; {DENIED[error.errno]}"))
+            # What a program prints has no name.
+            place = error.filename or ("the output" if error.errno in REFUSALS else None)
+            return str(UserError(f"{f'{place}: ' if place else ''}{os.strerror(error.errno)}; {DENIED[error.errno]}"))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
@@ -49,6 +55,7 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
     """
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         on_error(" ".join(str(error).split()))
         return 1
