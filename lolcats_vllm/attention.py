@@ -28,7 +28,7 @@ from lolcats_vllm.state import LayerPlan, StateLayout, head_dim, heads_at_once, 
 from lolcats_vllm.steps import Batch, run_step
 
 
-class LinearizedAttention(nn.Module, MambaBase):  # type: ignore[misc]
+class LinearizedAttention(nn.Module, MambaBase):
     """Attention of one layer of which at least one kv group has a state of constant size.
 
     Args:
@@ -108,8 +108,9 @@ class LinearizedAttention(nn.Module, MambaBase):  # type: ignore[misc]
         operands = [part_operands(config, part, self.feature_maps, self.scores, q.device) for part in self.plan.parts]
         outputs = run_step(self.plan, self.layout, operands, self.kv_cache, batch, q, k, v)
         parts = [(part.members, y) for part, y in zip(self.plan.parts, outputs, strict=True)]
+        at_once = heads_at_once(config)
         for i, attention in enumerate(self.kept):
-            members = self.plan.full[i * attention.num_kv_heads : (i + 1) * attention.num_kv_heads]
+            members = self.plan.full[i * at_once : (i + 1) * at_once]
             taken = (groups.take(x, members).flatten(2)[0].contiguous() for x in (q, k, v))
             parts.append((members, attention(*taken).view(1, len(query), -1, head_dim(config))))
         return groups.join(*parts).flatten(2)[0]

@@ -46,6 +46,8 @@ def teacher_config(config: Any) -> Any:
     dropped = ("model_type", "linearize", "auto_map", "attn_implementation", "layer_types", "layer_kinds")
     values = {key: value for key, value in config.to_dict().items() if key not in dropped}
     kinds = layer_kinds(config)
-    plain = config_class(**values) if kinds is None else config_class(**values, layer_types=kinds)
+    if kinds is not None:
+        values["layer_types"] = kinds
+    plain = config_class(**values)
     plain.architectures = [model_class.__name__]
     return plain

@@ -12,7 +12,7 @@ from lolcats_vllm.families import teacher_family
 from lolcats_vllm.refusals import check_model, check_options, check_version
 
 
-class Hooks(VerifyAndUpdateConfig):  # type: ignore[misc]
+class Hooks(VerifyAndUpdateConfig):
     """Refuses what would be served wrongly; called in this order."""
 
     @staticmethod

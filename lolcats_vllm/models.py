@@ -16,12 +16,12 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import extract_layer_index
 
 from lolcats_common.errors import UserError
-from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_common.linearize_config import LinearizeConfig, local_layers
 from lolcats_core.model.modeling import LINEARIZED, attention_layers
 from lolcats_core.model.rotary import Rotary
 from lolcats_vllm.attention import LinearizedAttention
 from lolcats_vllm.families import SERVED, architecture, layer_kinds, teacher_config, teacher_family
-from lolcats_vllm.state import is_local, page_shapes, plans
+from lolcats_vllm.state import head_dim, page_shapes, plans
 
 
 class LinearizedMixin:
@@ -126,15 +126,13 @@ def _rotary_embeddings(config: Any) -> list[Rotary | None]:
 
 
 def _check_softmax(module: Attention, plain: Any, layer: int) -> None:
-    """Refuse where vLLM would compute a kept layer otherwise than transformers: another window or another cap."""
-    kinds = getattr(plain, "layer_types", None)
-    local = is_local(plain, layer) if kinds else False
-    window = getattr(plain, "sliding_window", None)
-    if kinds and not local and "full_attention" in kinds:
-        window = None
+    """Refuse where vLLM would compute a kept layer otherwise than transformers."""
+    everything = "full_attention" in (getattr(plain, "layer_types", None) or ()) and layer not in local_layers(plain)
+    window = None if everything else getattr(plain, "sliding_window", None)
     cap = getattr(plain, "attn_logit_softcapping", None) or 0
     for name, ours, theirs in (
         ("window", window, module.sliding_window),
+        ("head dim", head_dim(plain), module.head_size),
         ("bound on scores", cap, getattr(module.impl, "logits_soft_cap", cap) or 0),
     ):
         if ours != theirs:

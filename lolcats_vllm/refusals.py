@@ -8,6 +8,7 @@ from lolcats_common.errors import UserError
 from lolcats_core.model.families import FAMILIES
 from lolcats_core.model.rotary import changing_frequencies
 from lolcats_vllm.families import SERVED, teacher_family
+from lolcats_vllm.state import plans
 
 # Versions of vLLM that `make test-vllm` was run with; its layers and caches change from version to version.
 TESTED = ("0.32.0",)
@@ -52,6 +53,8 @@ def check_model(config: Any) -> None:
         raise UserError(
             f"`linearize` is missing from the configuration of {FAMILIES[family].classes[1]}: not a linearized model"
         )
+    if not any(plan.parts for plan in plans(config)):
+        raise UserError("the model keeps softmax attention in every layer and has no state; serve its teacher")
     changing = changing_frequencies(config)
     if changing is not None:
         raise UserError(

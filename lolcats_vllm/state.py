@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
+from lolcats_common.linearize_config import LinearizeConfig, kv_heads
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.kv_groups import KVGroups
 from lolcats_core.model.softmax_attention import KeptGroups
@@ -143,44 +143,31 @@ class StateLayout:
 
 
 def page_shapes(config: Any, dtype: torch.dtype) -> tuple[tuple[int], tuple[int]]:
-    """Shapes (N,) and (M,) of a page's rows: those of the layer that needs most; (0,) and (0,) where none has a state.
+    """Shapes (N,) and (M,) of a page's rows: as long as the layer that needs most of them.
 
-    M is even, so that a page of half-precision numbers ends at a multiple of four bytes, where float32 can begin.
+    M is even, so that a page of half-precision numbers ends at a multiple of four bytes, where float32 can begin;
+    and not 0, by which vLLM cannot divide pages.
     """
-    layouts = [StateLayout(config, plan.parts, dtype) for plan in plans(config) if plan.parts]
-    n, m = (
-        (max(sizes, default=0) for sizes in zip(*(layout.sizes() for layout in layouts), strict=True))
-        if layouts
-        else (0, 0)
-    )
-    return (n,), (m + m % 2,)
-
-
-def ring_operands(config: Any, part: Part, scores: Scores, device: torch.device) -> tuple[HybridWeights, HybridConfig]:
-    """What the operator takes for kept groups with a bounded window: one constant feature, and none of it counts."""
-    assert part.window is not None
-    heads, dim = len(part.members), head_dim(config)
-    queries = heads * (config.num_attention_heads // kv_heads(config))
-    ones = torch.ones(queries, device=device, dtype=torch.float32)
-    maps = [torch.zeros(n, dim, 1, device=device, dtype=torch.float32) for n in (queries, heads)]
-    weights = HybridWeights(*maps, ones, torch.zeros_like(ones))
-    return weights, HybridConfig(scores.scale, scores.softcap, "sliding", part.window, "elu", part.sinks)
+    sizes = [StateLayout(config, plan.parts, dtype).sizes() for plan in plans(config) if plan.parts]
+    first, second = (max(row, default=0) for row in zip(*sizes, strict=True))
+    return (first,), (max(2, second + second % 2),)
 
 
 def part_operands(
     config: Any, part: Part, maps: FeatureMaps | None, scores: Scores, device: torch.device
 ) -> tuple[HybridWeights, HybridConfig]:
     """What the operator takes for a part besides q, k and v; `maps` are the layer's."""
-    if part.window is not None:
-        return ring_operands(config, part, scores, device)
-    assert maps is not None
-    operands: tuple[HybridWeights, HybridConfig] = maps(scores)
-    return operands
-
-
-def is_local(config: Any, layer: int) -> bool:
-    """Whether the layer attends within the teacher's own short window and stays as it is."""
-    return layer in local_layers(config)
+    if part.window is None:
+        assert maps is not None
+        operands: tuple[HybridWeights, HybridConfig] = maps(scores)
+        return operands
+    # One constant feature, and a weight of 0 for what it sums.
+    heads = len(part.members)
+    queries = heads * (config.num_attention_heads // kv_heads(config))
+    w_q, w_k = (torch.zeros(n, head_dim(config), 1, device=device, dtype=torch.float32) for n in (queries, heads))
+    ones = torch.ones(queries, device=device, dtype=torch.float32)
+    kept = HybridConfig(scores.scale, scores.softcap, "sliding", part.window, "elu", part.sinks)
+    return HybridWeights(w_q, w_k, ones, torch.zeros_like(ones)), kept
 
 
 def _fields(state: HybridState, names: Sequence[str]) -> dict[str, Tensor]:

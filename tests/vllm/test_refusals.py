@@ -10,6 +10,7 @@ import pytest
 
 import lolcats_vllm
 from lolcats_common.errors import UserError
+from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.model.families import FAMILIES
 from lolcats_vllm.families import SERVED, architecture, teacher_config
 from lolcats_vllm.refusals import TESTED, check_model, check_options, check_version
@@ -71,6 +72,12 @@ def test_families_that_vllm_has_no_class_for_are_refused_by_name(family: str) ->
     else:
         with pytest.raises(UserError, match=f"family '{family}' are not served by vLLM, only llama, "):
             check_model(config)
+
+
+def test_a_model_without_a_state_is_refused() -> None:
+    settings = LinearizeConfig(softmax_layers=(0, 1, 2))
+    with pytest.raises(UserError, match="keeps softmax attention in every layer"):
+        check_model(tiny_student(settings=settings).config)
 
 
 def test_frequencies_that_follow_the_length_are_refused() -> None:

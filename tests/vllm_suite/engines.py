@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +24,7 @@ from lolcats_common.linearize_config import LinearizeConfig
 from tests.core.tiny import tiny_student, tokens
 
 # vLLM's kernels want heads of at least 32.
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 512}
+SHAPE = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 512}
 # One token; within the window; beyond it, within and beyond a step of 64 tokens.
 LENGTHS = (1, 5, 40, 129, 300)
 NEW = 24
@@ -72,6 +79,29 @@ def engine(folder: Path, **options: Any) -> Iterator[LLM]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def server(folder: Path) -> Iterator[str]:
+    """The address of vLLM's HTTP server, which compiles the model; ended with its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--dtype", "float32", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert process.poll() is None, "the server ended"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                break
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
 
 
 def sampling(new: int = NEW) -> SamplingParams:
