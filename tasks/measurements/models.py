@@ -15,7 +15,7 @@ from lolcats_common.progress import progress
 from lolcats_core import linearize, load_feature_maps, low_rank_finetune
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.compute.numbers import check_folder
-from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.rows import TokenRows, open_split
 from lolcats_core.estimation.memory import ModelShape, device_memory, evaluated_by_layers
 from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.results import model_hash
@@ -26,7 +26,7 @@ from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.losses import plain_model
 from lolcats_core.training.perplexity import PerplexityResult, perplexity
-from tasks.runner.artifacts import open_rows, selected
+from tasks.runner.artifacts import selected
 from tasks.runner.stage import Stage
 
 # Rows beyond the training length, where the teacher's context allows it.
@@ -107,7 +107,7 @@ class Models:
     def _tuned(self, control: PreTrainedModel) -> PreTrainedModel:
         """The control after the student's stage 2; a killed evaluation continues it."""
         params = self.stage.params
-        train_rows, validation_rows = open_rows(self.stage)
+        train_rows, validation_rows = open_split(self.stage.input("prepare"))
         adapted, _ = low_rank_finetune(
             control,
             train_rows,
