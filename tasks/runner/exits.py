@@ -10,14 +10,13 @@ import sys
 from collections.abc import Callable
 
 from lolcats_common.errors import UserError
+from lolcats_common.files import REFUSALS
 
 _OWNER = "the user who runs this needs access there"
 _OPEN_FILES = "raise the limit (`ulimit -n`) or run less at a time"
 DENIED = {
-    errno.EACCES: _OWNER,
-    errno.EPERM: _OWNER,
-    errno.EMFILE: _OPEN_FILES,
-    errno.ENFILE: _OPEN_FILES,
+    **{errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES},
+    **dict.fromkeys(REFUSALS, "free space there and run the same command again"),
     errno.ENOMEM: "give it more memory (`ulimit -v`) or less to do at a time",
 }
 # How libraries say it that keep no number: safetensors and tokenizers, then torch, the interpreter and the loader.
@@ -42,10 +41,11 @@ def print_error(message: str) -> None:
 def denial(error: BaseException | None) -> str | None:
     """What this machine denies to the user who runs the program, in one line; None where that is not what happened."""
     while error is not None:
-        number, where = _number(error), getattr(error, "filename", None)
+        number = _number(error)
         if number in DENIED:
-            reason = f"{os.strerror(number)}; {DENIED[number]}"
-            return str(UserError(reason if where is None else f"{where}: {reason}"))
+            # What a program prints has no name.
+            place = getattr(error, "filename", None) or ("the output" if number in REFUSALS else None)
+            return str(UserError(f"{f'{place}: ' if place else ''}{os.strerror(number)}; {DENIED[number]}"))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
@@ -71,6 +71,7 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
     """
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         on_error(" ".join(str(error).split()))
         return 1
