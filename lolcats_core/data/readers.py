@@ -19,7 +19,8 @@ from lolcats_common.errors import UserError
 from lolcats_core.data.parquet_pages import Page, longest_text, read_pages
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
-_JSON = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
+_LINES = (".jsonl", ".ndjson")
+_JSON = tuple(kind + packed for kind in (*_LINES, ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*_JSON, ".parquet", *TEXT_SUFFIXES)
 COLUMNS = (
     *("text", "instruction", "input", "output", "history", "system"),
@@ -48,8 +49,8 @@ class RawRecord:
 
 
 def suffix_of(file: Path) -> str | None:
-    """The one of `SUFFIXES` that the file's name ends in, if any."""
-    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), None)
+    """The one of `SUFFIXES` that the file's name ends in, in letters of either case, if any."""
+    return next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), None)
 
 
 def file_records(file: Path, where: str, limit: int) -> Iterator[RawRecord]:
@@ -124,8 +125,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _json_records(file: Path, limit: int) -> Iterator[RawRecord]:
-    """One record a line (.jsonl), or the elements of an array or a row of objects however they are laid out (.json)."""
-    entries = _lines if str(suffix_of(file)).startswith(".jsonl") else _values
+    """One record a line, or in .json the elements of an array or a row of objects, however they are laid out."""
+    entries = _lines if str(suffix_of(file)).startswith(_LINES) else _values
     try:
         with _opened(file) as stream:
             for number, entry in enumerate(entries(stream, limit), 1):
@@ -150,9 +151,9 @@ def _json_record(where: str, entry: bytes) -> RawRecord:
 
 
 def _opened(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(file))
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         import pyarrow as pa
 
         return io.BufferedReader(cast(Any, pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")), _CHUNK)

@@ -165,6 +165,8 @@ def test_objects_of_a_table_have_no_keys_that_they_lack(tmp_path: Path) -> None:
         ({"a.json": [{"text": "json"}], "notes.md": "text"}, ["text"]),
         ({"a.json": [{"text": "json"}], "b.jsonl": [{"text": "line"}], "a.txt": "text"}, ["line"]),
         ({"README.md": "about"}, ["about"]),
+        ({"A.JSONL": [{"text": "line"}], "b.ndjson": [{"text": "new"}], "C.TXT": "text"}, ["line", "new"]),
+        ({"A.TXT": "text", "__init__.py": ""}, ["text"]),
     ],
 )
 def test_of_a_directory_the_files_that_are_records_are_read(
