@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write report.html and its figures; its size is the only metric."""
     params = stage.params
     facts = Facts(
+        made=f"{datetime.now(UTC):%Y-%m-%d}",
         evaluation=read(stage, "evaluate", "evaluation.json"),
         speed=read(stage, "evaluate", "speed.json"),
         metrics={name: read(stage, name, "metrics.json") for name in STAGES},

@@ -21,6 +21,12 @@ Model = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")]
+TopP = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Sample among the most probable tokens with this probability together.")
+]
+Penalty = Annotated[
+    float, typer.Option(min=0.5, max=2.0, help="Above 1, tokens that stand in the text already become less probable.")
+]
 
 
 @app.command()
@@ -29,13 +35,15 @@ def generate(
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
     seed: int = 0,
 ) -> None:
     """Continue PROMPT with the linearized model, token by token."""
     path = _model_path(model)
-    from tasks.cli.generation import stream
+    from tasks.cli.generation import Sampling, stream
 
-    stream(path, prompt, max_new_tokens, temperature, seed)
+    stream(path, prompt, Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed))
 
 
 @app.command()
@@ -43,6 +51,8 @@ def chat(
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 200,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
     seed: int = 0,
 ) -> None:
     """Talk with the linearized model: each line gets a reply, and the decode state is kept between them.
@@ -52,7 +62,7 @@ def chat(
     path = _model_path(model)
     from tasks.cli import generation
 
-    generation.chat(path, max_new_tokens, temperature, seed)
+    generation.chat(path, generation.Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed))
 
 
 @app.command()

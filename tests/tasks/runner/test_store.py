@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lolcats_common.errors import Unavailable
-from tasks.runner.mlflow_run import connect, experiment_id
+from tasks.runner.mlflow_run import KIND, NOTE, connect, experiment_id
 from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
 
 
@@ -51,3 +51,15 @@ def test_a_damaged_store_is_one_line(fake_project: Path) -> None:
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(Unavailable, match=r"mlflow\.db cannot be read"):
         read_overview(fake_project)
+
+
+def test_the_experiment_opens_as_model_training_and_a_kind_that_a_person_chose_stays(tmp_path: Path) -> None:
+    client = connect(tmp_path)
+    experiment = client.create_experiment("lolcats", tags={KIND: "genai_development"})  # as one of before may have
+    assert experiment_id(client) == experiment
+    tags = client.get_experiment(experiment).tags
+    assert tags[KIND] == "genai_development"
+    assert "`lolcats run`" in tags[NOTE]
+    client.delete_experiment_tag(experiment, KIND)
+    experiment_id(client)
+    assert client.get_experiment(experiment).tags[KIND] == "custom_model_development"
