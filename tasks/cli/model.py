@@ -1,4 +1,4 @@
-"""The commands that use a finetuned model: generate, chat, export."""
+"""The commands that use a finetuned model: generate, chat, export, push."""
 
 from __future__ import annotations
 
@@ -84,6 +84,28 @@ def export(
     from tasks.cli import export as exports
 
     print(exports.export(root, source, form=form, to=to, max_shard_size=max_shard_size, force=force))
+
+
+@app.command()
+def push(
+    model: Annotated[
+        str,
+        typer.Argument(help="A registered version (champion, 3, name@alias, name/3) or an export's directory."),
+    ],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    form: Annotated[Literal["merged", "delta"], typer.Option(help="Of a registered version.")] = "merged",
+    private: Annotated[bool, typer.Option(help="Of a repository that is made now.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and send nothing.")] = False,
+) -> None:
+    """Put a model with its card on the Hugging Face hub; the token is that of HF_TOKEN or `hf auth login`."""
+    setup_logging(logging.WARNING)
+    from tasks.cli import push as pushing
+
+    done = pushing.push(model, repo, form=form, private=private, dry_run=dry_run)
+    for name, size in done.files.items():
+        print(f"  {size:>15,}  {name}")
+    total = f"{len(done.files)} files, {sum(done.files.values()) / 2**20:,.1f} MiB"
+    print(f"{total}: {done.url}" if done.url else f"{total} would go to {repo}; nothing was sent.")
 
 
 def _model_path(model: str | None) -> Path:
