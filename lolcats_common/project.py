@@ -22,15 +22,14 @@ HOME = _BESIDE / "lolcats_pipeline" if INSTALLED else _BESIDE
 DISTRIBUTION = "lolcats-linearize"
 
 
-def find_root(start: Path | None = None) -> Path:
-    """`LOLCATS_ROOT`, or the nearest directory at or above `start` (here) with a dvc.yaml and a params.yaml.
+def find_root() -> Path:
+    """`LOLCATS_ROOT`, or the nearest directory at or above here with a dvc.yaml and a params.yaml.
 
     Raises:
         UserError: there is none.
     """
     given = os.environ.get("LOLCATS_ROOT")
-    begin = Path(given) if given else (start or Path.cwd())
-    begin = begin.resolve()
+    begin = Path(given or ".").resolve()
     for directory in [begin] if given else [begin, *begin.parents]:
         if (directory / "dvc.yaml").is_file() and (directory / "params.yaml").is_file():
             return directory

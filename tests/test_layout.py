@@ -18,7 +18,10 @@ FOLDERS = {
     "lolcats_core": "lolcats_core",
     "tasks": "tasks",
     "flows": "flows",
+    "lolcats_vllm": "lolcats_vllm",
 }
+# A distribution of its own, with its own pyproject.toml: nothing of the rest imports it.
+APART = "lolcats_vllm"
 # From the ground up: a part imports from its own line and from those above it here. A folder includes its subfolders
 # unless one has a line of its own; `tasks` alone is the floor of the eight stages.
 LAYERS = (
@@ -32,6 +35,7 @@ LAYERS = (
     ("lolcats_core.evaluation",),
     ("lolcats_core.export", "lolcats_core.estimation"),
     ("lolcats_core",),
+    ("lolcats_vllm",),
     ("lolcats_core.experiments", "lolcats_core.pretraining"),
     ("tasks.runner",),
     ("tasks.versioning",),
@@ -106,6 +110,12 @@ def test_imports_run_downwards_only() -> None:
         assert above == set(), name
 
 
+def test_what_is_installed_apart_is_imported_by_nothing_else() -> None:
+    for name, file in MODULES.items():
+        if not name.startswith(APART):
+            assert not any(other.startswith(APART) for other in imported(parsed(file))), name
+
+
 def test_no_import_closes_a_circle() -> None:
     def follow(name: str, path: tuple[str, ...], done: set[str]) -> None:
         assert name not in path, " -> ".join((*path, name))
@@ -160,7 +170,7 @@ def test_the_tasks_floor_holds_the_stages_alone() -> None:
 
 def test_the_distribution_holds_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in MODULES.values()} | {ROOT / "kernels", ROOT / "presets"}
+    folders = {path.parent for path in MODULES.values()} - {ROOT / APART} | {ROOT / "kernels", ROOT / "presets"}
     places = {
         "kernels": "lolcats_kernels",
         **{name: f"lolcats_pipeline.{name}" for name in ("flows", "presets", "tasks")},

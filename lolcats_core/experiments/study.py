@@ -20,7 +20,7 @@ from lolcats_common.import_closure import import_closure
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
-from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.rows import open_split
 from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.evaluation import generation
 from lolcats_core.evaluation.needles import Needle, make_needles, needles_found
@@ -94,7 +94,7 @@ class StudyContext:
         source = Teacher.open(pin)
         tokenizer = source.tokenizer()
         teacher = source.load(resolve_dtype(params.compute.precision), resolve_device(params.compute.device))
-        train, validation = (TokenRows.open(rows / name) for name in ("train", "validation"))
+        train, validation = open_split(rows)
         excluded = exclude_ids(teacher.config, special_ids(tokenizer))
         return cls(teacher, train, validation, settings, folder, excluded, tokenizer)
 

@@ -26,6 +26,7 @@ import psutil
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
+from tasks.runner import new_store
 from tasks.runner.mlflow_run import connect, experiment_id
 
 HOST = "127.0.0.1"
@@ -62,6 +63,7 @@ def start(root: Path, *, worker: bool = True, say: Callable[[str], object] = lam
         say("Making ready the databases of MLflow and Prefect ...")
     variables = _saved(root) if running else _fresh(root)
     deployed = not worker or (bool(running) and "worker" in _known(root))
+    new_store.ensure(root / "mlflow.db")  # the server would make it too, but not whole or not at all
     try:
         for name in servers:
             _launch(root, name, *_server(root, name, variables))

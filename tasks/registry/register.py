@@ -121,9 +121,13 @@ def checked_lock(root: Path) -> dict[str, Any]:
     """
     if not (root / MODEL / "config.json").is_file():
         raise UserError(f"{MODEL} is missing; run `dvc repro` first")
-    stale = dvc_graph.changed(root)
+    stale = dvc_graph.changed(root, anew=True)
     if stale:
-        raise UserError(f"{', '.join(stale)}: outputs are not those of the current inputs; run `dvc repro` first")
+        damaged = sum(len(dvc_graph.drop_damaged(root, stage)) for stage in stale)
+        because = f" ({damaged} damaged objects of DVC's cache were removed)" if damaged else ""
+        raise UserError(
+            f"{', '.join(stale)}: outputs are not those of the current inputs{because}; run `dvc repro` first"
+        )
     return _lock(root)
 
 

@@ -12,7 +12,7 @@ from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.data import sources
 from lolcats_core.evaluation import synthetic
-from lolcats_core.evaluation.harness import task_folder
+from lolcats_core.evaluation.task_files import task_folder
 from lolcats_core.model.modeling import empty_student
 from lolcats_core.teacher.pin import Teacher, examine_teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
@@ -49,7 +49,7 @@ def check(params: Params, teacher: PreTrainedConfig) -> None:
     Raises:
         UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row lies in the window, a row
             or a recall string is longer than the teacher's context, segments meet packed documents or checkpointing,
-            or a task does not exist.
+            or a task does not exist or runs what the model writes.
     """
     with torch.device("meta"):
         check_target_modules(empty_student(teacher, params.linearize), params.finetune)

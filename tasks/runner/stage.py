@@ -43,7 +43,7 @@ from lolcats_common.params import Params, load_params, read_yaml
 from tasks.runner.exits import Terminated, raise_terminated, run_and_report
 from tasks.runner.logs import quiet_progress_bars, setup_logging
 from tasks.runner.mlflow_run import Run, finite, first_line
-from tasks.runner.processes import exit_when_gone, process_of
+from tasks.runner.processes import alone, exit_when_gone, process_of
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,9 @@ def execute(name: str, root: Path, run: Work | None = None, *, preflight: bool =
                 error_file.unlink(missing_ok=True)
         _watch_ancestors()
         if _rank() == 0:
-            _run_stage(name, root, run, preflight, tracked)
+            params = load_params(root / "params.yaml")
+            with alone(name, root):
+                _run_stage(name, root, params, run, preflight, tracked)
         else:
             _run_worker_rank(name, root, run, preflight)
 
@@ -284,8 +286,7 @@ def _leave_group() -> None:
         distributed.finish()
 
 
-def _run_stage(name: str, root: Path, run: Work | None, preflight: bool, tracked: bool) -> None:
-    params = load_params(root / "params.yaml")
+def _run_stage(name: str, root: Path, params: Params, run: Work | None, preflight: bool, tracked: bool) -> None:
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key
     try:

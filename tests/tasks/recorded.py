@@ -117,7 +117,11 @@ def parameters_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, se
         "evaluate": evaluate.run,
         "report": report.run,
     }
-    others = {"transfer": {"transfer": {"mode": "streamed"}}, "finetune": {"finetune": {"quantize_base": True}}}
+    others = {
+        "transfer": {"transfer": {"mode": "streamed"}},
+        "finetune": {"finetune": {"quantize_base": True}},
+        "evaluate": {"evaluate": {"control": "trained"}},
+    }
     for name, run in stages.items():
         stage = RecordedStage(root, name, params_from_dict(VALUES))
         write_json(stage.out / "metrics.json", dict(run(stage)))

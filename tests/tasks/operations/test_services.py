@@ -31,6 +31,7 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
     monkeypatch.setattr(services, "_launch", waiting)
     monkeypatch.setattr(services, "_fresh", fresh)
+    monkeypatch.setattr(services.new_store, "ensure", lambda database: None)
     monkeypatch.setattr(services, "_answers", lambda url: True)
     monkeypatch.setattr(services, "_call", lambda command, root, environment: modules.append(" ".join(command[2:])))
     yield modules

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from lolcats_common.errors import Unavailable
+from tasks.runner import new_store
 from tasks.runner.mlflow_run import KIND, NOTE, connect, experiment_id
 from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
 
@@ -63,3 +65,15 @@ def test_the_experiment_opens_as_model_training_and_a_kind_that_a_person_chose_s
     client.delete_experiment_tag(experiment, KIND)
     experiment_id(client)
     assert client.get_experiment(experiment).tags[KIND] == "custom_model_development"
+
+
+def test_a_store_that_cannot_be_opened_is_said_to_be_so_at_once(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*arguments: object, **options: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s"))  # as MLflow would
+    monkeypatch.setattr(new_store.sqlite3, "connect", closed)  # the administrator, as whom tests may run, opens all
+    with pytest.raises(Unavailable, match=r"mlflow\.db cannot be used: unable to open database file"):
+        connect(fake_project)
