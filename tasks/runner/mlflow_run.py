@@ -26,7 +26,7 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.machine import versions
 from lolcats_common.params import Params
 from lolcats_common.secrets import redacted
-from tasks.runner import moved_store
+from tasks.runner import moved_store, new_store
 from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
 from tasks.runner.servers import require_answer
@@ -92,13 +92,17 @@ def connect(root: Path) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback, and raises as well
+    database = _database(uri)
     try:
+        if database:
+            new_store.ensure(database)
         # The registry's database store looks logged models up in the global address, not in its client's.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         client = RedactingClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
-        if database := _database(uri):
+        if database:
             moved_store.follow(database, EXPERIMENT)
     except Exception as error:
         raise Unavailable(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
@@ -111,8 +115,10 @@ def _database(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets, or its type where it has none."""
-    lines = redacted(str(error)).strip().splitlines()
+    """The first line of an error's text that says something, without secrets, or its type where there is none."""
+    lines = [
+        line for line in redacted(str(error)).strip().splitlines() if not line.startswith("(raised as a result of")
+    ]
     return lines[0] if lines else type(error).__name__
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import signal
+import sqlite3
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from safetensors import SafetensorError
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
+from tasks.runner import processes
 from tasks.runner.exits import Terminated
 from tasks.runner.mlflow_run import connect
 from tasks.runner.stage import STATE, Stage, execute, scratch_key
@@ -58,6 +64,11 @@ def interrupted(stage: Stage) -> Mapping[str, float]:
     ("error", "code", "status"),
     [
         (UserError("`x` must be 1,\n got 2"), 1, "FAILED"),
+        (PermissionError(errno.EACCES, "Permission denied", "rows.bin"), 1, "FAILED"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "FAILED"),
+        (SafetensorError("I/O error: Too many open files (os error 24)"), 1, "FAILED"),
+        (MemoryError(), 1, "FAILED"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 1, "FAILED"),
         (Terminated(), 143, "KILLED"),
         (KeyboardInterrupt(), 130, "KILLED"),
     ],
@@ -90,6 +101,24 @@ def test_a_defect_keeps_its_traceback_and_fails_the_run(fake_project: Path) -> N
     with pytest.raises(ZeroDivisionError):
         execute("teacher", fake_project, broken)
     assert [run.info.status for run in runs(fake_project)] == ["FAILED"]
+
+
+def test_a_second_process_of_a_stage_says_that_one_runs_and_touches_nothing(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "LOCK_SECONDS", 0.1)
+
+    def meanwhile(stage: Stage) -> Mapping[str, float]:
+        (stage.out / "result.txt").write_text("first")
+        with ThreadPoolExecutor(1) as other:  # a lock of its own, as another process has
+            assert other.submit(execute, "teacher", fake_project, succeed).result() == 1
+        return {}
+
+    assert execute("teacher", fake_project, meanwhile) == 0
+    assert "teacher: this stage already runs" in capsys.readouterr().err
+    assert (fake_project / "outputs" / "teacher" / "result.txt").read_text() == "first"
+    assert execute("teacher", fake_project, succeed) == 0
+    assert [run.info.status for run in runs(fake_project)] == ["FINISHED", "FINISHED"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +194,14 @@ def test_a_damaged_store_is_told_in_one_line(fake_project: Path, capsys: pytest.
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
     assert execute("teacher", fake_project, succeed) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_store_that_takes_no_run_is_told_in_one_line(fake_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(fake_project / "mlflow.db")) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'it takes none'); END")
+    assert execute("teacher", fake_project, succeed) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "it takes none" in line
 
 
 @pytest.mark.slow
