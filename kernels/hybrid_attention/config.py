@@ -11,6 +11,8 @@ from lolcats_kernels.hybrid_attention.feature_maps import FEATURE_MAPS
 from lolcats_kernels.hybrid_attention.mixture import ShareWeights
 
 WINDOWS = ("terraced", "sliding", "none")
+# Of tokens that see each other in both directions (`bidirectional`).
+BIDIRECTIONAL_WINDOWS = ("tiled", "none")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class HybridConfig:
     rotary_interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if self.window not in WINDOWS:
-            raise ValueError(f"`window` must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+        known = dict.fromkeys((*WINDOWS, *BIDIRECTIONAL_WINDOWS))
+        if self.window not in known:
+            raise ValueError(f"`window` must be one of {', '.join(known)}, got {self.window!r}")
         if self.feature_map not in FEATURE_MAPS:
             raise ValueError(f"`feature_map` must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
         if self.window_size < 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lolcats_kernels.hybrid_attention.bidirectional import TokenGrid, attend_bidirectional
 from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.interface import attend, decode_, transfer_error
 from lolcats_kernels.hybrid_attention.naive import naive_attention
@@ -149,6 +150,46 @@ def hybrid_attention_naive(
     weights = HybridWeights(w_q, w_k, window_factor, linear_factor, b_q, b_k, decay)
     config = HybridConfig(_scale(q, scale), softcap, window, window_size, feature_map)
     return naive_attention(q, k, v, weights, config)
+
+
+def bidirectional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    window_factor: Tensor,
+    *,
+    linear_factor: Tensor | None = None,
+    window: str = "none",
+    window_size: int = 8,
+    prefix: int = 0,
+    grid: tuple[int, int] | Tensor | None = None,
+    lengths: Tensor | None = None,
+    feature_map: str = HybridConfig.feature_map,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Linear attention in both directions, with the softmax of a patch's own tile beside it where asked for.
+
+    Args:
+        q: [B, N, H, D]; `k`, `v`: [B, N, Hk, D]; the prefix tokens of a row, then its patches, row by row.
+        w_q, w_k, b_q, b_k, window_factor, linear_factor, feature_map, scale: as in `hybrid_attention`.
+        window: ``none`` or ``tiled`` (the softmax part sees the tile of `window_size` x `window_size` patches, and the
+            prefix). prefix: tokens before the patches, whose own queries keep softmax attention over all tokens.
+        grid: rows and columns of patches, or int64 [B, 2] where images differ; ``tiled`` needs it.
+        lengths: int64 [B] real tokens of each row, which stand at its start; outputs after them are zero.
+
+    Returns:
+        [B, N, H, D] in the dtype of `q`.
+
+    Raises:
+        ValueError: shapes do not fit or an option is unknown.
+    """
+    weights = HybridWeights(w_q, w_k, window_factor, linear_factor, b_q, b_k)
+    config = HybridConfig(_scale(q, scale), None, window, window_size, feature_map)
+    return attend_bidirectional(q, k, v, weights, config, TokenGrid(prefix, grid, lengths))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lolcats_kernels.hybrid_attention.chunked import chunked_forward, first_tokens, fold_state
-from lolcats_kernels.hybrid_attention.config import HybridConfig, HybridWeights
+from lolcats_kernels.hybrid_attention.config import WINDOWS, HybridConfig, HybridWeights
 from lolcats_kernels.hybrid_attention.naive import naive_attention
 from lolcats_kernels.hybrid_attention.packing import packed_index, unpack_rows
 from lolcats_kernels.hybrid_attention.recurrent import decode_step
@@ -319,6 +319,8 @@ def _check(
             f"w_q must be [H, D, F] and w_k [H or Hk, D, F], got {tuple(w_q.shape)} and {tuple(w_k.shape)}"
             f" for H = {heads}, Hk = {k.shape[2]}, D = {dim}"
         )
+    if window not in WINDOWS:
+        raise ValueError(f"`window` of causal attention must be one of {', '.join(WINDOWS)}, got {window!r}")
     if weights.share is not None and window != "terraced":
         raise ValueError(f"a mixture (`share`) needs `window` terraced, got {window!r}")
     factor, decay = weights.window_factor, weights.decay

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import sha256_file
+from lolcats_common.files import files_below, sha256_file
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text, source_path
 from lolcats_core.data.readers import (
@@ -104,13 +104,12 @@ def _files_below(folder: Path) -> list[Path]:
     Raises:
         UserError: a link leads nowhere, or the files are those of `datasets.save_to_disk`.
     """
-    files, here = list[Path](), list(_in_sight(folder))
-    for file in here:
-        if suffix_of(file) is not None and not file.is_dir():
-            if file.is_symlink() and not file.exists():
-                raise UserError(f"`data.source`: {file} is a link to {file.readlink()}, which does not exist")
-            if file.is_file() and file.stat().st_size > 0:
-                files.append(file)
+    readable = [file for file in files_below(folder, hidden=False) if suffix_of(file) is not None]
+    here = list(_in_sight(folder))
+    for at in here:
+        if suffix_of(at) is not None and at.is_symlink() and not at.exists():
+            raise UserError(f"`data.source`: {at} is a link to {at.readlink()}, which does not exist")
+    files = [file for file in readable if file.stat().st_size > 0]
     texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     tables = [file for file in files if suffix_of(file) not in (*TEXT_SUFFIXES, ".json")]
     if not tables and any(file.suffix == ".arrow" for file in here):

@@ -36,5 +36,5 @@ def test_a_refusal_of_the_disk_names_the_file_and_any_other_error_keeps_its_trac
 
     assert run_and_report(lambda: refused(errno.EROFS), "lolcats") == 1
     assert capsys.readouterr().err.startswith("Error: /a/file: Read-only file system; ")
-    with pytest.raises(PermissionError):
-        run_and_report(lambda: refused(errno.EACCES), "lolcats")
+    with pytest.raises(IsADirectoryError):
+        run_and_report(lambda: refused(errno.EISDIR), "lolcats")
