@@ -18,7 +18,7 @@ from typing import Any
 from prefect import Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import project_root
+from flows import project_root, without_secrets
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
 from lolcats_common.params import GatesParams, read_assignments
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @task(cache_policy=NO_CACHE)
+@without_secrets
 def _run_stage(stage: str, root: Path, environment: dict[str, str]) -> dvc_graph.Reproduced:
     """Bring one stage up to date; its output goes to the terminal, or to the flow's log where that is read."""
     log = get_run_logger()
@@ -52,6 +53,7 @@ def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
 
 
 @flow(name="linearize", validate_parameters=False)
+@without_secrets
 def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 

@@ -9,11 +9,12 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.events import emit_event
 from prefect.states import Completed
 
-from flows import project_root
+from flows import project_root, without_secrets
 from flows.delivery import PATIENT, show
 from flows.linearize import pipeline
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, load_params
+from lolcats_common.secrets import redacted
 from tasks.operations import relinearization
 from tasks.versioning import confinement
 
@@ -22,12 +23,17 @@ if TYPE_CHECKING:
 
 DRIFT_EVENT = "lolcats.drift"
 RESTARTS = 10  # in a row, each after a crash
-_prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(relinearization.prepare)
-_changes = task(name="find changes", task_run_name="find changes", **PATIENT)(relinearization.changes)
-_commit = task(name="commit dvc.lock", task_run_name="commit dvc.lock", **PATIENT)(relinearization.commit)
+_prepare = task(name="prepare worktree", task_run_name="prepare worktree", **PATIENT)(
+    without_secrets(relinearization.prepare)
+)
+_changes = task(name="find changes", task_run_name="find changes", **PATIENT)(without_secrets(relinearization.changes))
+_commit = task(name="commit dvc.lock", task_run_name="commit dvc.lock", **PATIENT)(
+    without_secrets(relinearization.commit)
+)
 
 
 @task(name="measure drift", task_run_name="measure drift", **PATIENT)
+@without_secrets
 def _measure(root: Path, params: Params) -> Drift:
     from tasks.operations import drift as drifting
 
@@ -35,6 +41,7 @@ def _measure(root: Path, params: Params) -> Drift:
 
 
 @flow(name="relinearize", validate_parameters=False)
+@without_secrets
 def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, restarts: int = 0) -> Any:
     """Make, examine and promote a new student if code, parameters, teacher or text changed; else end as up to date.
 
@@ -67,7 +74,7 @@ def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, re
     assert gates is not None
     version = registered["version"]
     if not gates["passed"]:
-        message = f"version {version} is refused, the champion stays: {gates['reasons']}"
+        message = redacted(f"version {version} is refused, the champion stays: {gates['reasons']}")
         log.warning(message)
         return Completed(name="Refused", message=message)
     return Completed(name="Promoted", message=f"version {version} is the champion")
@@ -78,6 +85,7 @@ def _page(found: dict[str, list[str]]) -> str:
 
 
 @flow(name="drift")
+@without_secrets
 def drift() -> str:
     """Measure the champion on recent text; above `relinearize.max_drift`, the event ``lolcats.drift`` is emitted.
 

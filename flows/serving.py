@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows import project_root
+from flows import project_root, without_secrets
 from flows.delivery import promote_version, roll_back
 from lolcats_common.params import load_params
 from tasks.registry.promotion import CHALLENGER
 
 
 @flow(name="promote")
+@without_secrets
 def promote(version: str = CHALLENGER) -> str:
     """Make a version (a number or an alias) that passed its gates the champion; its number.
 
@@ -22,6 +23,7 @@ def promote(version: str = CHALLENGER) -> str:
 
 
 @flow(name="rollback")
+@without_secrets
 def rollback() -> str:
     """Let the previous champion serve again; its number.
 

@@ -221,7 +221,7 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
         for side in SIDES:
             if side in result:
                 tags[f"{task}.{side}"] = f"{result[side]['value']:.4f} ± {result[side]['stderr']:.4f}"
-    return {key: value[:5000] for key, value in tags.items() if value}
+    return {key: value for key, value in tags.items() if value}
 
 
 def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str, str]:

@@ -73,7 +73,7 @@ def _without_login(uri: str) -> str:
 
 
 def connect(root: Path) -> Any:
-    """An `MlflowClient` on the project's store.
+    """A client of the project's store, through which no secret passes.
 
     Raises:
         Unavailable: the store cannot be reached.
@@ -87,7 +87,8 @@ def connect(root: Path) -> Any:
         os.environ[RETRIES] = "3"
     quiet_libraries()
     import mlflow
-    from mlflow import MlflowClient
+
+    from tasks.runner.mlflow_client import RedactingClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -99,7 +100,7 @@ def connect(root: Path) -> Any:
         # The registry's database store looks logged models up in the global address, not in its client's.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = RedactingClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         if database:
             moved_store.follow(database, EXPERIMENT)
@@ -114,8 +115,10 @@ def _database(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets, or its type where it has none."""
-    lines = redacted(str(error)).strip().splitlines()
+    """The first line of an error's text that says something, without secrets, or its type where there is none."""
+    lines = [
+        line for line in redacted(str(error)).strip().splitlines() if not line.startswith("(raised as a result of")
+    ]
     return lines[0] if lines else type(error).__name__
 
 
@@ -236,15 +239,13 @@ class Run:
         }
         if parent := os.environ.get(PARENT_VARIABLE):
             all_tags[PARENT_TAG] = parent
-        created = client.create_run(
-            experiment_id(client), run_name=name, tags={key: redacted(value) for key, value in all_tags.items()}
-        )
+        created = client.create_run(experiment_id(client), run_name=name, tags=all_tags)
         return cls(client, created.info.run_id)
 
     def _log_params(self, flat: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, redacted(value)[:6000]) for key, value in flat.items()]
+        entities = [Param(key, value) for key, value in flat.items()]
         for start in range(0, len(entities), 100):
             self.client.log_batch(self.id, params=entities[start : start + 100])
 
@@ -306,7 +307,7 @@ class Run:
             name=name[:500],
             digest=digest[:36] or hashlib.sha256(source.encode()).hexdigest()[:36],
             source_type="local",
-            source=json.dumps({"uri": redacted(source)}),
+            source=json.dumps({"uri": source}),
             profile=json.dumps(dict(profile)) if profile else None,
         )
         tag = InputTag("mlflow.data.context", context)
@@ -314,13 +315,13 @@ class Run:
 
     def log_text(self, text: str, path: str) -> None:
         """Store `text` as the artifact `path`."""
-        self.client.log_text(self.id, redacted(text), path)
+        self.client.log_text(self.id, text, path)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set several tags in one call."""
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.id, tags=[RunTag(key, redacted(str(value))[:5000]) for key, value in tags.items()])
+        self.client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def finish(self, status: str = "FINISHED", message: str | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED, with the error's text as a tag."""
@@ -331,7 +332,7 @@ class Run:
         self.flush()
         try:
             if message:
-                self.client.set_tag(self.id, "error", redacted(message)[:5000])
+                self.client.set_tag(self.id, "error", message)
             self.client.set_terminated(self.id, status)
         except Exception as error:
             logger.warning("MLflow run %s could not be ended as %s: %s", self.id, status, first_line(error))

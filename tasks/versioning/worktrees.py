@@ -153,7 +153,7 @@ def _share_settings(root: Path, worktree: Path) -> None:
     local = ConfigObj(encoding="utf-8", interpolation=False)
     for name in ("config", "config.local"):
         if (root / ".dvc" / name).is_file():
-            local.merge(ConfigObj(str(root / ".dvc" / name), encoding="utf-8", interpolation=False))
+            local.merge(dvc_graph.read_settings(root / ".dvc" / name))
     for section, settings in local.items():
         for key in PATHS.intersection(settings) if section.startswith("remote ") else ():
             if "://" not in settings[key]:
