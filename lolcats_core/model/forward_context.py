@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -22,7 +23,11 @@ from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
 
-ATTENTION_NAME = "lolcats_hybrid"
+ATTENTION_NAME = "lolcats_hybrid"  # in config.json
+# What transformers knows the function by in this process: two checkpoints with code of their own do not share one.
+ATTENTION_FUNCTION = (
+    ATTENTION_NAME if __name__.startswith("lolcats_core.") else f"{ATTENTION_NAME}_{zlib.crc32(__name__.encode()):08x}"
+)
 T = TypeVar("T")
 
 
@@ -187,7 +192,7 @@ def check_attention(name: str | dict[str, str]) -> None:
     Raises:
         UserError: it is another one.
     """
-    if name != ATTENTION_NAME:
+    if name not in (ATTENTION_NAME, ATTENTION_FUNCTION):
         raise UserError(f"`attn_implementation` of a linearized model must be {ATTENTION_NAME}, got {name!r}")
 
 
@@ -226,7 +231,10 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     cache, kwargs = given_cache(kwargs), {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if cache is not None and not isinstance(cache, HybridCache):
-        raise UserError(f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}")
+        raise UserError(
+            f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}; leave it out, and"
+            " `generate` or `use_cache=True` makes one"
+        )
     if mask is not None and mask.dim() != 2:
         raise UserError(f"`attention_mask` of a linearized model must be [B, S], got {tuple(mask.shape)}")
     padding_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()

@@ -33,7 +33,13 @@ from lolcats_core.model.attention import hybrid_attention_forward
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
-from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
+from lolcats_core.model.forward_context import (
+    ATTENTION_FUNCTION,
+    ATTENTION_NAME,
+    check_attention,
+    checkpoints,
+    prepare_inputs,
+)
 from lolcats_core.model.remote_code import auto_map, write_code
 from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
 from lolcats_core.model.softmax_attention import KeptGroups
@@ -41,7 +47,7 @@ from lolcats_core.model.transformers_versions import CACHE, given_cache
 
 logger = logging.get_logger(__name__)
 
-transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
+transformers.AttentionInterface.register(ATTENTION_FUNCTION, hybrid_attention_forward)
 
 
 class LinearizedMixin:
@@ -57,7 +63,7 @@ class LinearizedMixin:
             check_attention(config._attn_implementation)
         if config.linearize is None:
             raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
-        config._attn_implementation = ATTENTION_NAME
+        config._attn_implementation = ATTENTION_FUNCTION
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
         decoder = cast(PreTrainedModel, self).base_model
@@ -155,8 +161,10 @@ def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
         },
     )
     globals()[config_name] = config
-    # The copy of this code beside a checkpoint registers as well.
-    AutoConfig.register(PREFIX + name, config, exist_ok=True)
+    if __name__.startswith("lolcats_core."):
+        # The copy of this code beside a checkpoint serves that checkpoint alone: what is registered for a model type
+        # stands for every later checkpoint of that type, whose own code would not be read.
+        AutoConfig.register(PREFIX + name, config, exist_ok=True)
     AUTO_CLASSES[PREFIX + name] = {"AutoConfig": config}
     bases: dict[Any, type[PreTrainedModel] | None] = {
         AutoModelForCausalLM: base_model,
