@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lolcats_common.errors import UserError
 from lolcats_common.params import Params, load_params
 from lolcats_common.secrets import redacted
 from tasks.operations import relinearization
-from tasks.versioning import confinement
+from tasks.versioning import confinement, worktrees
 
 if TYPE_CHECKING:
     from tasks.operations.drift import Drift
@@ -40,7 +41,14 @@ def _measure(root: Path, params: Params) -> Drift:
     return drifting.measure(root, params)
 
 
-@flow(name="relinearize", validate_parameters=False)
+def _called() -> str:
+    """The flow run's name: what it was asked for, and when."""
+    asked = runtime.flow_run.parameters
+    label = worktrees.label(asked.get("preset"), asked.get("set"))
+    return redacted(f"relinearize {label or 'params.yaml'}, {datetime.now(UTC):%Y-%m-%d %H:%M}")
+
+
+@flow(name="relinearize", flow_run_name=_called, validate_parameters=False)
 @without_secrets
 def relinearize(preset: str | None = None, set: dict[str, Any] | None = None, restarts: int = 0) -> Any:
     """Make, examine and promote a new student if code, parameters, teacher or text changed; else end as up to date.
@@ -84,7 +92,7 @@ def _page(found: dict[str, list[str]]) -> str:
     return "# What changed\n\n" + "".join(f"- {stage}: {'; '.join(why)}\n" for stage, why in found.items())
 
 
-@flow(name="drift")
+@flow(name="drift", flow_run_name=lambda: f"drift {datetime.now(UTC):%Y-%m-%d}")
 @without_secrets
 def drift() -> str:
     """Measure the champion on recent text; above `relinearize.max_drift`, the event ``lolcats.drift`` is emitted.

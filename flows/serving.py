@@ -10,7 +10,7 @@ from lolcats_common.params import load_params
 from tasks.registry.promotion import CHALLENGER
 
 
-@flow(name="promote")
+@flow(name="promote", flow_run_name="promote {version}")
 @without_secrets
 def promote(version: str = CHALLENGER) -> str:
     """Make a version (a number or an alias) that passed its gates the champion; its number.
@@ -22,7 +22,7 @@ def promote(version: str = CHALLENGER) -> str:
     return promote_version(root, load_params(root / "params.yaml").register.name, version).version
 
 
-@flow(name="rollback")
+@flow(name="rollback", flow_run_name="rollback to the previous champion")
 @without_secrets
 def rollback() -> str:
     """Let the previous champion serve again; its number.

@@ -19,6 +19,11 @@ SERVED = {
     "granite": f"{_MODELS}.granite:GraniteForCausalLM",
     "gemma2": f"{_MODELS}.gemma2:Gemma2ForCausalLM",
     "gemma3_text": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
+    "gemma": f"{_MODELS}.gemma:GemmaForCausalLM",
+    "exaone4": f"{_MODELS}.exaone4:Exaone4ForCausalLM",
+    "ernie4_5": f"{_MODELS}.ernie45:Ernie4_5ForCausalLM",
+    "glm4": f"{_MODELS}.glm4:Glm4ForCausalLM",
+    "olmo": _TRANSFORMERS,
     "olmo2": _TRANSFORMERS,
     "smollm3": _TRANSFORMERS,
 }

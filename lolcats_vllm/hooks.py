@@ -50,7 +50,7 @@ def engine_options(vllm_config: Any) -> dict[str, Any]:
         "--quantization": model.quantization,
         "--runner": model.runner_type,
         "--mamba-cache-mode": cache.mamba_cache_mode,
-        "graphs": current_platform.is_cuda_alike() and not model.enforce_eager,
+        "device": current_platform.device_type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "family": teacher_family(model.hf_config),
     }

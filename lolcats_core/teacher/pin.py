@@ -339,6 +339,14 @@ def _check_numbers(pin: TeacherPin, folder: Path) -> None:
 
 
 def _verify(pin: TeacherPin, folder: Path) -> None:
+    others = [] if pin.kind == "hub" else [name for name in SMALL_FILES if name not in pin.files]
+    added = [name for name in others if (folder / name).exists()]
+    if added:
+        raise UserError(
+            f"teacher {pin.source}: {added[0]} was added since the teacher was pinned; remove it, or pin the teacher "
+            "with it with `dvc repro --force teacher`"
+        )
+    weight_files(folder, pin.source, {path.name for path in folder.iterdir() if path.is_file()})
     missing = [name for name in pin.files if not (folder / name).is_file()]
     if missing:
         raise UserError(f"teacher {pin.source}: {missing[0]} is gone since the teacher was pinned; put it back")

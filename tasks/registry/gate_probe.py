@@ -9,54 +9,86 @@ model comes with its own code. Writes RESULT as JSON:
 from __future__ import annotations
 
 import json
+import pickletools
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 PROMPT = "def add(a, b):\n    "
 # What a registration writes; MLflow's `MLmodel` has no suffix.
-KINDS = {
-    "",
-    ".css",
-    ".html",
-    ".j2",
-    ".jinja",
-    ".json",
-    ".jsonl",
-    ".md",
-    ".model",
-    ".py",
-    ".safetensors",
-    ".txt",
-    ".yaml",
-    ".yml",
+TEXT = {"", ".css", ".html", ".j2", ".jinja", ".md", ".py", ".txt", ".yaml", ".yml"}
+JSON, LINES, PIECES, WEIGHTS = ".json", ".jsonl", ".model", ".safetensors"
+# Steps of a pickle that run what it names.
+CALLS = {
+    "GLOBAL",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "REDUCE",
+    "BUILD",
+    "STACK_GLOBAL",
+    "EXT1",
+    "PERSID",
+    "BINPERSID",
 }
-# How pickles of protocols 2 to 5 and archives (torch's newer files, numpy's) begin, whatever they are called.
-PICKLED = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK\x03\x04", b"\x1f\x8b")
 MAX_LENGTH = 160  # tokens; with 64 of them in a window, whole windows and a part of one are behind the last
 
 
 def check_files(path: Path) -> None:
-    """Refuse a stored model with any file of another kind than those known, as unpickling one runs what it holds.
+    """Refuse a stored model with a file that is not, by name and by content, of a kind that a registration writes.
 
     Raises:
-        ValueError: there is such a file by name or by content, or no safetensors file.
+        ValueError: there is one, such as a pickle or an archive, or no safetensors file.
     """
     files = sorted(file for file in path.rglob("*") if file.is_file())
     for file in files:
-        if file.suffix not in KINDS:
-            raise ValueError(f"{file.name} is of no known kind, so it may be a pickle; only safetensors is loaded")
+        name = file.relative_to(path).as_posix()
+        if file.suffix not in {*TEXT, JSON, LINES, PIECES, WEIGHTS}:
+            raise ValueError(f"{name} is of no known kind, so it may be a pickle; only safetensors is loaded")
+        if problem := _problem(file):
+            raise ValueError(f"{name} {problem}, only safetensors is loaded")
+    if not any(file.suffix == WEIGHTS for file in files):
+        raise ValueError("it holds no safetensors file")
+
+
+def _problem(file: Path) -> str | None:
+    """What is wrong with the content of a file whose suffix is known."""
+    if file.suffix == WEIGHTS:
         with file.open("rb") as opened:
             start = opened.read(9)
-        if file.suffix == ".safetensors":
-            # Eight bytes of length, which may be any, come before the header.
-            if start[8:] != b"{":
-                raise ValueError(f"{file.name} holds no safetensors")
-        elif start.startswith(PICKLED):
-            raise ValueError(f"{file.name} holds a pickle or an archive, only safetensors is loaded")
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise ValueError("it holds no safetensors file")
+        # Eight bytes of length, which may be any, come before the header.
+        return None if start[8:] == b"{" else "holds no safetensors"
+    if zipfile.is_zipfile(file) or tarfile.is_tarfile(file):
+        return "holds an archive"
+    content = file.read_bytes()
+    if _is_pickle(content):
+        return "holds a pickle"
+    if file.suffix == PIECES and not content.startswith(b"{"):
+        return None if content.startswith(b"\n") else "holds no tokenizer"  # the first field of sentencepiece's message
+    try:
+        text = content.decode("utf-8")
+        if file.suffix in (JSON, PIECES):
+            json.loads(text)
+        for line in text.splitlines() if file.suffix == LINES else ():
+            json.loads(line)
+    except (ValueError, RecursionError):
+        return f"holds no {'text' if file.suffix in TEXT else 'JSON'}"
+    return "holds no text" if "\0" in text else None
+
+
+def _is_pickle(content: bytes) -> bool:
+    """Whether a pickle of any protocol begins here that would run something; those of protocol 0 look like text."""
+    calls = content[:1] == b"\x80"  # begins every pickle since protocol 2, and no text
+    try:
+        for step, _, _ in pickletools.genops(content):
+            calls |= step.name in CALLS
+    except Exception:  # an argument that is none has many types of errors
+        return content[:1] == b"\x80"
+    return calls
 
 
 def measure(path: Path) -> dict[str, Any]:

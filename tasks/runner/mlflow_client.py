@@ -22,9 +22,15 @@ TAG, PARAM = 5000, 6000
 class RedactingClient(MlflowClient):
     """An `MlflowClient` through which no secret passes, whoever writes; longer tags and parameters are cut."""
 
-    def create_run(self, experiment_id: str, *, tags: Mapping[str, str] | None = None, **named: Any) -> Any:
+    def create_run(
+        self, experiment_id: str, *, run_name: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> Any:
         """As MLflow's."""
-        return super().create_run(experiment_id, tags=_tags(tags), **named)
+        return super().create_run(experiment_id, run_name=run_name and redacted(run_name), tags=_tags(tags))
+
+    def update_run(self, run_id: str, status: str | None = None, name: str | None = None) -> None:
+        """As MLflow's."""
+        super().update_run(run_id, status, name and redacted(name))
 
     def log_batch(
         self, run_id: str, metrics: Sequence[Metric] = (), params: Sequence[Param] = (), tags: Sequence[RunTag] = ()
@@ -54,10 +60,17 @@ class RedactingClient(MlflowClient):
         super().set_model_version_tag(name, version, key, _tag(value))
 
     def create_model_version(
-        self, name: str, source: str, *, tags: Mapping[str, str] | None = None, **named: Any
+        self,
+        name: str,
+        source: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        description: str | None = None,
+        **named: Any,
     ) -> Any:
         """As MLflow's."""
-        return super().create_model_version(name, source, tags=_tags(tags), **named)
+        told = description and redacted(description)
+        return super().create_model_version(name, source, tags=_tags(tags), description=told, **named)
 
 
 def _tag(value: str) -> str:

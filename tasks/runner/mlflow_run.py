@@ -33,6 +33,14 @@ from tasks.runner.servers import require_answer
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "lolcats"
+# What MLflow's UI reads: an experiment's kind (training opens with runs and charts, not with traces), a description.
+KIND, NOTE = "mlflow.experimentKind", "mlflow.note.content"
+EXPERIMENT_TAGS = {
+    KIND: "custom_model_development",
+    NOTE: "Each `lolcats run` is a run with the results, named by preset, overrides and the student's perplexity over "
+    "the teacher's. The runs of its stages hang from it, with their losses. `lolcats status` lists them, too.",
+}
+FLOW_TAG = "flow"
 PARENT_VARIABLE = "LOLCATS_PARENT_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -140,13 +148,16 @@ def experiment_id(client: Any) -> str:
         database = _database(client.tracking_uri)
         location = moved_store.artifacts_of(database).as_uri() if database else None
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS))
         except Exception:  # another process made it in the meantime
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in found.tags:  # one of before; what a person chose since stays
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
@@ -234,13 +245,21 @@ class Run:
             "mlflow.source.git.commit": commit,
             "git.dirty": str(dirty).lower(),
             "process": process_tag(os.getpid()),
-            **{f"version.{key}": value for key, value in versions().items()},
             **(tags or {}),
         }
         if parent := os.environ.get(PARENT_VARIABLE):
             all_tags[PARENT_TAG] = parent
         created = client.create_run(experiment_id(client), run_name=name, tags=all_tags)
-        return cls(client, created.info.run_id)
+        run = cls(client, created.info.run_id)
+        with contextlib.suppress(Exception):  # a store that takes no files is said where a result is lost
+            run.log_text(json.dumps(versions(), indent=2), "versions.json")
+        return run
+
+    def describe(self, text: str, name: str | None = None) -> None:
+        """Give the run a description in Markdown and, with `name`, another name."""
+        self.set_tags({NOTE: text})
+        if name:
+            self.client.update_run(self.id, name=name[:250])
 
     def _log_params(self, flat: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -364,10 +383,10 @@ def process_tag(pid: int) -> str:
 
 
 def close_abandoned(root: Path, name: str) -> None:
-    """End runs called `name` that are marked as running although their process on this machine is gone."""
+    """End runs of the flow `name` that are marked as running although their process on this machine is gone."""
     client = connect(root)
     running = client.search_runs(
-        [experiment_id(client)], filter_string=f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+        [experiment_id(client)], filter_string=f"attributes.status = 'RUNNING' and tags.{FLOW_TAG} = '{name}'"
     )
     for run in running:
         node, _, rest = run.data.tags.get("process", "").partition(" ")

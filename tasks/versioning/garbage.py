@@ -83,9 +83,10 @@ def _unused_models(client: Any, older_than: float) -> list[Any]:
 
 
 def _place(model: Any) -> Path | None:
-    """Where a logged model lies on this machine."""
+    """Where a logged model lies on this machine, in a folder of its own; None for any other place, which stays."""
     location = urlparse(model.artifact_location)
-    return Path(unquote(location.path)) if location.scheme in ("", "file") else None
+    place = Path(unquote(location.path))
+    return place if location.scheme in ("", "file") and place.parent.name == str(model.model_id) else None
 
 
 def _size(path: Path) -> int:

@@ -22,7 +22,7 @@ USUAL: dict[str, Any] = {
     "--kv-cache-dtype": "auto",
     "--runner": "generate",
     "--mamba-cache-mode": "align",
-    "graphs": False,
+    "device": "cpu",
     "dtype": "bfloat16",
     "family": "llama",
 }
@@ -55,7 +55,7 @@ def test_usual_options_are_taken() -> None:
         ({"--speculative-config": "ngram"}, "take back the tokens that verification rejects.*, got ngram"),
         ({"--kv-cache-dtype": "fp8"}, "`--kv-cache-dtype` of a linearized model must be auto .*, got fp8"),
         ({"--mamba-cache-mode": "all"}, "must be none or align .*, got all"),
-        ({"graphs": True}, "CUDA graphs of a linearized model are not built; give `--enforce-eager`"),
+        ({"device": "cuda"}, "tried on CPUs alone .*, and this one is on cuda"),
         ({"dtype": "float16", "family": "gemma2"}, "`--dtype` of gemma2 must be bfloat16 or float32"),
     ],
 )

@@ -114,6 +114,7 @@ def test_states_are_read_as_they_were_written() -> None:
             given, found = getattr(same, name), getattr(state, name)
             assert (given is None and found is None) or torch.equal(given, found), name
         assert state.length.tolist() == [5, 7]
+        assert all(x.is_contiguous() for x in state.tensors())
     assert all(row[[1, 3]].isnan().all() for row in cache)
 
 

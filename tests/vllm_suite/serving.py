@@ -9,16 +9,21 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
+from lolcats_core.model.modeling import linearize
 from lolcats_vllm.families import SERVED
+from tests.conftest import ROOT
 from tests.core.tiny import BOUNDED, MIXED, MIXTURE, RINGS, SETTINGS, tiny_tokenizer
 from tests.vllm_suite.engines import (
     LENGTHS,
@@ -34,6 +39,7 @@ from tests.vllm_suite.engines import (
     text_of,
 )
 
+BUILTIN = ROOT / "lolcats_core" / "teacher" / "builtin"
 KINDS = {
     "published": SETTINGS,
     "kept layers and heads": MIXED,
@@ -68,6 +74,20 @@ def test_every_family_gives_the_tokens_of_transformers(family: str, tmp_path: Pa
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_attention_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
     check(tmp_path, "llama", KINDS[kind])
+
+
+def test_the_built_in_teacher_linearized_as_params_yaml_says_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())["linearize"]
+    # Calibrated maps need data; here they are random, and one group keeps softmax attention as after selection.
+    settings = replace(LinearizeConfig.from_dict(values), feature_map_init="kaiming", softmax_heads={1: (0,)})
+    model = linearize(AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32), settings)
+    model.save_pretrained(tmp_path)
+    given = [[token + 100 for token in prompt] for prompt in prompts([40, 129, 300, 1500])]
+    expected = [generated(model, prompt, 32) for prompt in given]
+    with engine(tmp_path, max_model_len=2048, max_num_batched_tokens=256) as llm:
+        outputs = served(llm, given, 32)
+    for output, text in zip(outputs, expected, strict=True):
+        assert_same(text_of(output), text)
 
 
 @pytest.mark.parametrize("settings", [MIXTURE, SETTINGS, RINGS], ids=["kept heads", "nothing kept", "rings"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
+import signal
 from typing import Any
 
 import pytest
 from transformers.utils import chat_template_utils
 
+from lolcats_common.errors import UserError
+from lolcats_core.data import conversations
 from lolcats_core.data.conversations import CHAT_DATE, identity, read_conversation
 from lolcats_core.data.records import Encoder, documents_of, read_record
 from lolcats_core.data.segments import RecordError, Segment
@@ -115,6 +118,32 @@ def test_tool_calls_of_every_form_are_one_conversation_whose_definitions_are_lea
 def test_a_template_that_leaves_something_out_is_a_reason(template: str, record: dict[str, Any], part: str) -> None:
     with pytest.raises(RecordError, match=f"the chat template leaves out {part}"):
         documents_of(record, "messages", False, tokenizer(template))
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_is_said_instead_of_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "TEMPLATE_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"chat template takes more than 0\.05 s for one conversation"):
+        documents_of({"messages": CALLING[::3]}, "messages", False, tokenizer(LOOP))
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% include '/etc/passwd' %}",
+        "{% import '/etc/passwd' as p %}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append.__self__.__class__ }}{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ range(10**9)|list }}",
+        "{{ messages|map(attribute='__class__')|list }}{{ messages.pop() }}",
+    ],
+)
+def test_a_template_reads_no_file_and_reaches_nothing_of_python(template: str) -> None:
+    with pytest.raises(RecordError, match="the chat template refuses the conversation"):
+        documents_of({"messages": CALLING[::3]}, "messages", False, tokenizer(template))
 
 
 def test_a_template_may_write_a_text_in_its_own_way() -> None:

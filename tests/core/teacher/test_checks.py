@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import TeacherParams
-from lolcats_core.teacher.checks import WEIGHTS
+from lolcats_core.teacher.checks import INDEX, SMALL_FILES, WEIGHTS
 from lolcats_core.teacher.pin import examine_teacher
 from tests.core.teacher.test_pin import make_teacher
 
@@ -108,6 +110,15 @@ def test_json_that_is_nested_too_deeply_is_refused(whole: Path, tmp_path: Path) 
     assert f"{WEIGHTS} is damaged" in refusal(whole, tmp_path / "weights", broken)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "added_tokens.json", "chat_template.jinja"])
+def test_a_file_that_is_read_whole_is_not_read_where_it_is_huge(whole: Path, tmp_path: Path, name: str) -> None:
+    def change(folder: Path) -> None:
+        with (folder / name).open("ab") as file:
+            file.truncate(2**40)  # takes no space
+
+    assert f"{name} must have at most {2**28} bytes, got {2**40}" in refusal(whole, tmp_path, change)
+
+
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "special_tokens_map.json"])
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(whole: Path, tmp_path: Path, name: str) -> None:
     def change(folder: Path) -> None:
@@ -115,3 +126,61 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(whole: Path, tm
         os.mkfifo(folder / name)
 
     assert f"{name} must be a file" in refusal(whole, tmp_path, change)
+
+
+def test_nothing_in_a_teacher_s_directory_leads_to_other_weights_or_code(whole: Path, tmp_path: Path) -> None:
+    def config(**values: Any) -> Callable[[Path], object]:
+        def change(folder: Path) -> None:
+            for name in ("config.json", "tokenizer_config.json"):
+                if name in values:
+                    known = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+                    (folder / name).write_text(json.dumps({**known, **values[name]}))
+
+        return change
+
+    def index(folder: Path) -> None:
+        shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "other.safetensors"}}))
+
+    elsewhere = {"auto_map": {"AutoModelForCausalLM": "someone/else--modeling.Model"}}
+    cases: dict[str, Callable[[Path], object]] = {
+        "`transformers_weights` in config.json must be absent, got 'other.safetensors'": config(
+            **{"config.json": {"transformers_weights": "other.safetensors"}}
+        ),
+        "`auto_map` in config.json must name the teacher's own files, got 'someone/else--modeling.Model'": config(
+            **{"config.json": elsewhere}
+        ),
+        "`auto_map` in tokenizer_config.json must name the teacher's own files": config(
+            **{"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "a/b--c.D"]}}}
+        ),
+        "adapter_config.json says that an adapter belongs onto the weights": lambda folder: (
+            folder / "adapter_config.json"
+        ).write_text("{}"),
+        f"{WEIGHTS} and {INDEX}, which names other files, cannot both be the weights": index,
+    }
+    for number, (expected, change) in enumerate(cases.items()):
+        assert expected in refusal(whole, tmp_path / str(number), change)
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_a_pickle_in_a_teacher_s_directory_never_runs(whole: Path, tmp_path: Path, protocol: int) -> None:
+    ran = tmp_path / "ran"
+    bomb = pickle.dumps(Bomb(str(ran)), protocol)
+    for name in (*SMALL_FILES, WEIGHTS, "pytorch_model.bin", "vocab.pkl", "original/consolidated.00.pt"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(whole, folder / "teacher")
+        (folder / "teacher" / name).parent.mkdir(exist_ok=True)
+        (folder / "teacher" / name).write_bytes(bomb)
+        with contextlib.suppress(UserError):
+            examine_teacher(TeacherParams(source="teacher"), folder)
+        assert not ran.exists(), name
+
+
+class Bomb:
+    """What would make a directory when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)

@@ -114,6 +114,23 @@ def test_a_file_that_is_gone_after_pinning_is_named(teacher: Path, tmp_path: Pat
         Teacher.open(out).load(torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("chat_template.jinja", "chat_template.jinja was added since the teacher was pinned"),
+        ("adapter_config.json", "adapter_config.json says that an adapter belongs onto the weights"),
+        (INDEX, "cannot both be the weights"),
+    ],
+)
+def test_a_file_that_transformers_would_read_besides_those_pinned_is_refused(
+    teacher: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    out = pinned(teacher, tmp_path)
+    (teacher / name).write_text(json.dumps({"weight_map": {"model.norm.weight": "other.safetensors"}}))
+    with pytest.raises(UserError, match=said):
+        Teacher.open(out).load(torch.float32, "cpu")
+
+
 def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,39 @@ TAMPERED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "configuration": ("artifacts/model/config.json", append, "is not the file that was registered"),
     "missing": ("artifacts/params.yaml", Path.unlink, "is missing"),
     "link": ("artifacts/params.yaml", link, "is a link or no plain file"),
+    "another case": (
+        "artifacts/Evaluation.json",
+        lambda path: (path.parent / "evaluation.json").rename(path),
+        "is not among the files that were registered",
+    ),
+    "a look-alike": ("code/t\u043erch.py", lambda path: path.write_text("1"), "is not among the files that were"),
+    "another name": ("MLmode", lambda path: shutil.copy(path.parent / "MLmodel", path), "is not among the files"),
+    "a linked folder": ("code/more", lambda path: path.symlink_to("/tmp"), "is a link or no plain file"),
+    "a pipe": ("code/pipe", os.mkfifo, "is a link or no plain file"),
 }
+
+
+def test_files_of_one_version_do_not_pass_for_those_of_another(finished: Path, tmp_path: Path) -> None:
+    add(finished, "m1", 12.0)
+    add(finished, "m2", 99.0)
+    good, bad = stored(finished, "1"), stored(finished, "2")
+    shutil.copytree(bad, tmp_path / "bad")
+    shutil.copy(good / "artifacts" / "evaluation.json", bad / "artifacts" / "evaluation.json")
+    with pytest.raises(UserError, match=r"version 2 is not used: artifacts/evaluation\.json is not the file"):
+        run_gates(finished, NAME, UNPROBED, "2")
+    # The whole of it, with the list of its files where that of the other lay.
+    shutil.rmtree(bad)
+    shutil.copytree(good, bad)
+    one, two = sorted(
+        (finished / "mlartifacts").rglob("manifests/*.json"), key=lambda path: path.stem != good.parent.name
+    )
+    shutil.copy(one, two)
+    with pytest.raises(UserError, match="version 2 is not used: its files are not those that were registered"):
+        run_gates(finished, NAME, UNPROBED, "2")
+    shutil.rmtree(bad)
+    shutil.copytree(tmp_path / "bad", bad)
+    report, _ = run_gates(finished, NAME, UNPROBED, "2")
+    assert not report.passed
 
 
 def test_a_file_that_differs_is_named_in_one_line(finished: Path, tmp_path: Path) -> None:

@@ -299,7 +299,9 @@ def test_lineage_leads_to_the_commit_that_holds_dvc_lock(finished: Path) -> None
     assert run_git(finished, "show", f"{commit}:dvc.lock") == (finished / "dvc.lock").read_text()
     assert run_git(finished, "rev-parse", f"{commit}^").strip() == version.tags["git.commit"]
     assert run_git(finished, "status", "--porcelain") == "?? dvc.lock\n"
-    page = lineage.lineage(finished, NAME, CHAMPION)
+    short, page = (lineage.lineage(finished, NAME, CHAMPION, everything) for everything in (False, True))
+    assert commit in short
+    assert "dvc.md5.finetune" not in short
     for expected in (commit, "run.finetune", "r-finetune", "dvc.md5.finetune", "params.yaml", "gates: passed"):
         assert expected in page
     assert versions.version_status(finished, NAME, "1").aliases == ("candidate", CHAMPION)

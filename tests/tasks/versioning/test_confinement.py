@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text
-from tasks.versioning import confinement
+from tasks.versioning import confinement, worktrees
 from tasks.versioning.confinement import SOURCES_VARIABLE, check_allowed
 from tests.conftest import run_git
+from tests.tasks.versioning.hostile import HOSTILE, PASSWORD
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 LEADS_OUT = "leads out of the project's open folders and of LOLCATS_SOURCES"
@@ -92,6 +94,33 @@ def test_what_only_the_owner_decides_is_no_override(fake_project: Path) -> None:
     for values, message in cases:
         with pytest.raises(UserError, match=message):
             check_allowed(fake_project, None, values)
+
+
+@pytest.mark.parametrize(("values", "expected"), [case for case in HOSTILE if case[1]], ids=lambda case: str(case)[:60])
+def test_a_hostile_override_is_refused_in_one_line_before_there_is_a_worktree(
+    fake_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: Any, expected: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for folder in (outside, tmp_path):
+        (folder / "secret.txt").write_text("secret")
+    monkeypatch.setenv("HOME", str(outside))
+    (fake_project / "link").symlink_to(outside)
+    (fake_project / "a").mkdir()
+    (fake_project / ".prefect").mkdir(exist_ok=True)
+    (fake_project / ".prefect" / "login.txt").write_text("user:password")
+    given = json.loads(json.dumps(values))  # as the API hands it over
+
+    def begin() -> None:
+        check_allowed(fake_project, None, given)
+        worktrees.workplace(fake_project, None, given)
+
+    with pytest.raises(UserError) as caught:
+        begin()
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert PASSWORD not in str(caught.value)
+    assert not (fake_project / ".worktrees").exists()
 
 
 def test_trust_holds_for_one_teacher_at_one_revision(fake_project: Path) -> None:

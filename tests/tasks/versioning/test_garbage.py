@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,19 @@ def test_only_what_nothing_points_at_is_removed_and_a_version_s_bytes_come_back(
     command = [sys.executable, "-m", "dvc", "get", str(project), "outputs", "--rev", str(commit)]
     subprocess.run([*command, "--out", str(tmp_path / "back")], check=True, capture_output=True)
     assert (tmp_path / "back" / "only" / "x").read_text() == "kept"
+
+
+def test_a_model_that_says_it_lies_elsewhere_has_nothing_there_removed(project: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    (precious / "artifacts").mkdir(parents=True)
+    (precious / "file").write_text("mine")
+    client = connect(project)
+    model = client.create_logged_model(experiment_id(client), name="left")
+    with sqlite3.connect(project / "mlflow.db") as store:
+        place = f"file://{precious}/artifacts"
+        store.execute("UPDATE logged_models SET artifact_location = ? WHERE model_id = ?", (place, model.model_id))
+    collect(project, delete=True, older_than=-60.0)
+    assert (precious / "file").read_text() == "mine"
 
 
 def test_nothing_is_collected_while_a_stage_runs(project: Path) -> None:
