@@ -11,11 +11,13 @@ from lolcats_common.errors import UserError
 
 # What a run's own commit holds (`tasks.versioning.lock_commits`).
 KEPT = ("dvc.lock", "params.yaml", "package.yaml")
+# Set in a hook, for the repository that the hook is of and the index that its commit is made from.
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
 IDENTITY = {"NAME": "lolcats", "EMAIL": "lolcats@localhost"}
 
 
 def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """Standard output of a git command.
+    """Standard output of a git command in the repository at `root`, also where a hook of this or another one runs us.
 
     Raises:
         UserError: it failed; the message is git's last line.
@@ -25,7 +27,7 @@ def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **(env or {})},
+        env={**{name: value for name, value in os.environ.items() if name not in OF_A_HOOK}, **(env or {})},
     )
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
