@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
+from lolcats_kernels.hybrid_attention import HybridConfig, HybridWeights, attend, transfer_error
 
 ATTENTION_NAME = "lolcats_hybrid"
 T = TypeVar("T")
@@ -59,6 +60,19 @@ class LayerCall:
         column = torch.arange(self.as_packed()[0].shape[1], device=self.q.device)
         starts = self.context.cu_seqlens
         return column if starts is None else column - starts[torch.bucketize(column, starts, right=True) - 1]
+
+    def real(self) -> Tensor | None:
+        """[B, T] of `as_packed`, False at padding; None where nothing is padded."""
+        return None
+
+    def attended(self, weights: HybridWeights, config: HybridConfig) -> Tensor:
+        """The student's output in place of `y_true` of `as_packed`."""
+        q, k, v, _ = self.as_packed()
+        return cast(Tensor, attend(q, k, v, weights, config, cu_seqlens=self.context.cu_seqlens))
+
+    def error(self, weights: HybridWeights, config: HybridConfig) -> Tensor:
+        """Mean squared error of `attended`, in at least float32."""
+        return transfer_error(*self.as_packed(), weights, config, cu_seqlens=self.context.cu_seqlens)
 
 
 LayerObserver = Callable[[LayerCall], None]
@@ -181,14 +195,14 @@ def real_first(real: Tensor) -> Tensor:
     return (~real).to(torch.int8).argsort(dim=1, stable=True)
 
 
-def check_attention(name: str | dict[str, str]) -> None:
+def check_attention(name: str | dict[str, str], own: str = ATTENTION_NAME) -> None:
     """Refuse every attention function but the one that a linearized model has.
 
     Raises:
         UserError: it is another one.
     """
-    if name != ATTENTION_NAME:
-        raise UserError(f"`attn_implementation` of a linearized model must be {ATTENTION_NAME}, got {name!r}")
+    if name != own:
+        raise UserError(f"`attn_implementation` of a linearized model must be {own}, got {name!r}")
 
 
 def checkpoints(decoder: Any) -> bool:
