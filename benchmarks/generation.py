@@ -37,7 +37,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from benchmarks.stages import build
 from benchmarks.timing import quantiles, write_csv
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.estimation.memory import KNOWN_MODELS, ModelShape
 from lolcats_core.model.decoding.cache import HybridCache, HybridLayer
 from lolcats_core.model.decoding.decode_graph import graphed_decoding
 from lolcats_core.model.modeling import feature_maps, linearize

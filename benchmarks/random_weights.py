@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.stages import llama_config
 from lolcats_common.files import write_json
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.estimation.memory import KNOWN_MODELS, ModelShape
 from lolcats_core.model.modeling import empty_student
 from lolcats_core.streaming.weights import WeightFiles
 from lolcats_core.teacher.checks import INDEX

@@ -37,8 +37,9 @@ from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.data.arrays import TokenFileRows
 from lolcats_core.data.rows import TokenRows
 from lolcats_core.data.special_tokens import special_ids
+from lolcats_core.experiments.controls import WINDOW, margins
 from lolcats_core.experiments.study import EvalSettings, StudyContext, exclude_ids
-from lolcats_core.experiments.trials import Trial, finished, run_trials
+from lolcats_core.experiments.trials import Trial, finished_with_controls, run_trials
 from lolcats_core.training.loop import Rows
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ def open_study(options: argparse.Namespace, settings: EvalSettings) -> StudyCont
 
 
 def collect(trials: Iterable[Trial], study: StudyContext) -> list[dict[str, Any]]:
-    """Results that any process has finished."""
-    return [result for trial in trials if (result := finished(trial, study)) is not None]
+    """Results that any process has finished, with their controls."""
+    return [result for trial in trials if (result := finished_with_controls(trial, study)) is not None]
 
 
 def report(rows: list[dict[str, Any]], study: StudyContext) -> dict[str, Any]:
@@ -167,7 +168,31 @@ def markdown(results: Mapping[str, Any]) -> str:
             *(("-", "-", "-") if state is None else _state_cells(state)),
         ]
         rows.append([name, str(len(found)), *cells])
-    return f"{head}\n\n{markdown_table(header, rows)}\n"
+    return f"{head}\n\n{markdown_table(header, rows)}\n{control_table(results['rows'], teacher)}"
+
+
+def control_table(rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> str:
+    """A line per recipe with a plain window beside it: both perplexities, and by how much the student is better."""
+    lines: list[list[str]] = []
+    columns: list[str] = []
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        found = [row for row in rows if row["recipe"] == name]
+        if better := margins(found):
+            columns = list(better)
+            plain = [row["controls"].get(WINDOW, {}).get("finetuned") for row in found]
+            ratios = (
+                _mean([each and each["perplexity"] / teacher["perplexity"] for each in side], 4)
+                for side in ([row["finetuned"] for row in found], plain)
+            )
+            lines.append([name, *ratios, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in better.values())])
+    if not lines:
+        return ""
+    head = (
+        "Beside a plain window and the first four tokens in the bytes of its linear attention, trained alike. How much "
+        "the student is better, with the standard error: losses in nats, needles as the share found."
+    )
+    header = ["recipe", "PPL / teacher", f"PPL / teacher, {WINDOW}", *columns]
+    return f"\n{head}\n\n{markdown_table(header, lines)}\n"
 
 
 def _state_cells(state: Mapping[str, float]) -> tuple[str, str, str]:

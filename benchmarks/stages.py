@@ -28,8 +28,7 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import ComputeParams, DataParams, FinetuneParams, Params, TransferParams
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.estimation.doctor import flops_per_token, matmul_rate
-from lolcats_core.estimation.memory import train_memory
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.estimation.memory import KNOWN_MODELS, ModelShape, train_memory
 from lolcats_core.model.modeling import linearize
 from lolcats_core.training.attention_transfer import transfer_losses
 from lolcats_core.training.low_rank_finetune import add_lora, next_token_loss

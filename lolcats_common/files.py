@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +106,25 @@ def read_json(path: Path, remedy: str) -> Any:
     Raises:
         UserError: the file is missing, damaged or holds something else.
     """
+    return _objects(path, remedy, lambda text: [text])[0]
+
+
+def read_json_lines(path: Path, remedy: str) -> list[Any]:
+    """The JSON objects in a file that holds one a line; as `read_json`."""
+    return _objects(path, remedy, str.splitlines)
+
+
+def _objects(path: Path, remedy: str, parts: Callable[[str], list[str]]) -> list[Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        values = [json.loads(part) for part in parts(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; {remedy}")
-    return value
+    for value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; {remedy}")
+    return values
 
 
 class _Loader(yaml.SafeLoader):
@@ -204,6 +214,28 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def files_below(folder: Path, hidden: bool = True) -> Iterator[Path]:
+    """Every file below a directory, in no order; without `hidden` none whose path below it has a name with a dot first.
+
+    `Path.rglob` passes over what it may not read without a word.
+
+    Raises:
+        UserError: a directory cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        if not hidden:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".")]
+        try:
+            yield from [path for name in names if (path := Path(parent, name)).is_file()]
+        except OSError as error:
+            refuse(error)
+
+
 def sha256_file(path: Path | str) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
@@ -213,7 +245,7 @@ def sha256_file(path: Path | str) -> str:
 def sha256_tree(path: Path) -> str:
     """SHA-256 over the names and contents of the files below a directory; compiled Python is left out."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+    for file in sorted(file for file in files_below(path) if "__pycache__" not in file.parts):
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 

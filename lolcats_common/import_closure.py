@@ -59,8 +59,9 @@ def module_file(module: str, root: Path, packages: Mapping[str, str] = PACKAGES)
     top, *parts = module.split(".")
     if top not in packages:
         return None
-    folder = root / packages[top]
-    path = (folder if folder.is_dir() else root / top).joinpath(*parts)
+    # An installed folder goes first: site-packages may hold somebody else's package `kernels`.
+    folder = root / top
+    path = (folder if folder.is_dir() else root / packages[top]).joinpath(*parts)
     candidates = (path / "__init__.py", *([path.with_suffix(".py")] if parts else []))
     return next((file for file in candidates if file.is_file()), None)
 

@@ -21,9 +21,10 @@ from lolcats_common.errors import require as _require
 from lolcats_common.files import DEEPEST, load_yaml
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.operation_params import GatesParams, RelinearizeParams
+from lolcats_common.project import HOME
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 
-PRESETS = Path(__file__).parents[1] / "presets"
+PRESETS = HOME / "presets"
 # A path may be so long. Lone surrogates stand for bytes of a command line that are not UTF-8.
 _LONGEST, _UNPRINTABLE = 4096, re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -111,11 +112,13 @@ class DataParams:
 class EvaluateParams:
     """What teacher and student are measured on.
 
-    `tasks`: lm-eval tasks by name (the project's own: code_continuation, and copy, mqar, passkey, needle with
-    `synthetic_samples` items of each of `synthetic_lengths` tokens and three depths). `task_limit`: items per task.
-    `num_fewshot`: examples before each question by task; otherwise what the task says. `long_rows`: rows of four times
-    the training length whose loss is taken by position. `audit_rows`: rows that the branches are switched off on. Each
-    of `long_rows`, `generation_prompts` and `audit_rows` may be 0.
+    `tasks`: lm-eval tasks by name (the project's own: code_continuation, and copy, mqar, passkey, needle and RULER's
+    ruler_single_1 to 3, ruler_multikey, ruler_multivalue, ruler_multiquery, ruler_tracking with `synthetic_samples`
+    items of each of `synthetic_lengths` tokens and three depths). `task_limit`: items per task. `num_fewshot`: examples
+    before each question by task; otherwise what the task says. `long_rows`: rows of eight times the training length, as
+    far as the teacher's context goes, whose loss is taken by position. `audit_rows`: rows that the branches are
+    switched off on. Each of `long_rows`, `generation_prompts` and `audit_rows` may be 0. `control`: whether the plain
+    window beside the student takes stage 2 as the student does (``trained``), which costs as much again, or nothing.
     """
 
     batch_size: int = 8
@@ -131,6 +134,7 @@ class EvaluateParams:
     generation_prompts: int = 16
     generation_tokens: int = 128
     audit_rows: int = 8
+    control: Literal["untrained", "trained"] = "untrained"
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "`batch_size` must be at least 1", self.batch_size)

@@ -112,11 +112,12 @@ class LossDifference(TypedDict):
 
 
 class Control(TypedDict):
-    """The student's control, a plain window of its bytes (`lolcats_core.evaluation.control`), which is not trained.
+    """The student's control, a plain window of its bytes (`lolcats_core.evaluation.control`).
 
     Attributes:
         window: newest tokens that it sees in place of the linearized groups, besides `sinks` first ones.
         tokens: length at which `bytes` and the student's `student_bytes` are counted.
+        trained: whether it took stage 2 as the student did; older records, without it, did not.
         recall: by gap, as in `Evaluation`.
         positions: as the student's; None where no longer rows were asked for. differences: student minus control.
     """
@@ -126,18 +127,24 @@ class Control(TypedDict):
     tokens: int
     bytes: int
     student_bytes: int
+    trained: NotRequired[bool]
     perplexity: float
     recall: dict[str, Measured]
     positions: Positions | None
     differences: list[LossDifference]
 
 
+def training_of(control: Control) -> str:
+    """Whether the control was trained, in words."""
+    return "trained alike" if control.get("trained") else "untrained"
+
+
 def control_line(control: Control) -> str:
     """What the last column is."""
     return (
         f"plain window: the teacher with the newest {control['window']} and the first {control['sinks']} tokens in"
-        f" place of linear attention, untrained, in no more than the student's {control['student_bytes']:,} bytes at"
-        f" {control['tokens']} tokens"
+        f" place of linear attention, {training_of(control)}, in no more than the student's"
+        f" {control['student_bytes']:,} bytes at {control['tokens']} tokens"
     )
 
 

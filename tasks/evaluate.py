@@ -10,7 +10,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("evaluate")  # before the imports below, which take seconds
+    main("evaluate", preflight=True)  # before the imports below, which take seconds
 
 import json
 from collections.abc import Mapping

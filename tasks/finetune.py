@@ -5,18 +5,19 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("finetune", parallel=True)  # before the imports below, which take seconds
+    main("finetune", parallel=True, preflight=True)  # before the imports below, which take seconds
 
 from collections.abc import Mapping
 
 from lolcats_core import low_rank_finetune
 from lolcats_core.compute.device import resolve_dtype
+from lolcats_core.data.rows import open_split
 from lolcats_core.export.merging import save_student
 from lolcats_core.streaming.student import causal_model, open_student
 from lolcats_core.teacher.pin import Teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from tasks.reporting.figures import loss_figure
-from tasks.runner.artifacts import open_rows, selected, training_metrics, write_history
+from tasks.runner.artifacts import selected, training_metrics, write_history
 from tasks.runner.stage import Stage
 
 
@@ -24,7 +25,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write model/ (merged, with tokenizer), adapter/ (the delta) and history.jsonl; metrics of the training."""
     params, teacher = stage.params, Teacher.open(stage.input("teacher"))
     device, dtype = stage.device(), resolve_dtype(params.compute.precision)
-    train_rows, validation_rows = open_rows(stage)
+    train_rows, validation_rows = open_split(stage.input("prepare"))
     settings, maps = selected(stage)
     quantized = params.finetune.quantize_base
     student = causal_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("prepare")  # before the imports below, which take seconds
+    main("prepare", preflight=True)  # before the imports below, which take seconds
 
 import hashlib
 import json

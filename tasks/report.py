@@ -7,15 +7,13 @@ if __name__ == "__main__":
 
     main("report")  # before the imports below, which take seconds
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from lolcats_common.files import read_json, write_json, write_text
+from lolcats_common.files import read_json, read_json_lines, write_json, write_text
 from lolcats_common.records import SIDES, STEPS, Evaluation, SelectionRecord
 from tasks.reporting import figures
 from tasks.reporting.report_html import Facts, page
@@ -66,8 +64,7 @@ def read(stage: Stage, name: str, file: str) -> Any:
 
 def history(stage: Stage, name: str) -> list[dict[str, float]]:
     """A training stage's history; empty where nothing was trained."""
-    text = Path(stage.input(name) / "history.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_json_lines(stage.input(name) / "history.jsonl", f"run `dvc repro {name}`")
 
 
 def plots(evaluation: Evaluation, histories: Mapping[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:

@@ -5,20 +5,19 @@ from __future__ import annotations
 if __name__ == "__main__":
     from tasks.runner.stage import main
 
-    main("select")  # before the imports below, which take seconds
+    main("select", preflight=True)  # before the imports below, which take seconds
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import write_json
+from lolcats_common.files import read_json, write_json
 from lolcats_core import linearize, load_feature_maps
 from lolcats_core.compute.device import resolve_dtype
-from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
-from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.data.rows import open_split
+from lolcats_core.estimation.memory import ModelShape, device_memory, evaluated_by_layers
 from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.map_files import read_feature_maps, restrict_maps, write_feature_maps
 from lolcats_core.model.modeling import empty_student
@@ -27,7 +26,7 @@ from lolcats_core.training.ranking.criteria import NEEDS_STUDENT, NEEDS_TEACHER
 from lolcats_core.training.ranking.retrieval import retrieval_of
 from lolcats_core.training.selection import choose_softmax, student_divergence
 from tasks.reporting.figures import allocation_figure, selection_figure
-from tasks.runner.artifacts import MAPS, open_rows
+from tasks.runner.artifacts import MAPS
 from tasks.runner.stage import Stage
 
 
@@ -35,7 +34,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write selection.json, its plot, and feature_maps.safetensors of what stays linear."""
     params, settings = stage.params.select, stage.params.linearize
     teacher = Teacher.open(stage.input("teacher"))
-    saved = json.loads((stage.input("transfer") / "errors.json").read_text(encoding="utf-8"))
+    saved = read_json(stage.input("transfer") / "errors.json", "run `dvc repro transfer`")
     errors = {int(layer): each for layer, each in saved.items()}
     measures = _measures(stage, teacher) if params.chooses else {}
     dtype = resolve_dtype(stage.params.compute.precision)
@@ -76,7 +75,7 @@ def _measures(stage: Stage, source: Teacher) -> dict[str, Any]:
             "`select.criterion` must be transfer_error or normalized_transfer_error for a teacher that does not fit"
             f" the memory of {device} (no other runs layer by layer), got {params.criterion}"
         )
-    train, rows = open_rows(stage)
+    train, rows = open_split(stage.input("prepare"))
     teacher = source.load(dtype, device)
     if params.criterion in NEEDS_TEACHER:
         return {"retrieval": retrieval_of(teacher, train, source.tokenizer(), params, stage.params.seed)}

@@ -39,13 +39,15 @@ for _name, _value in {
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "LOLCATS_ROOT", "LOLCATS_PARENT_RUN_ID", "LOLCATS_FLOW_PID"):
     os.environ.pop(_name, None)
 
+ROOT = Path(__file__).parents[1]
+# Programs that tests start elsewhere find `tasks` and `flows`, which no installation has under these names.
+os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
+
 import torch  # noqa: E402  (it reads the number of threads when it is loaded)
 
 if not torch.cuda.is_available():
     # The fused kernels then run in Triton's interpreter; it must be asked for before any test imports them.
     os.environ["TRITON_INTERPRET"] = "1"
-
-ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,10 @@ FOLDERS = {
     "lolcats_core": "lolcats_core",
     "tasks": "tasks",
     "flows": "flows",
+    "lolcats_vllm": "lolcats_vllm",
 }
+# A distribution of its own, with its own pyproject.toml: nothing of the rest imports it.
+APART = "lolcats_vllm"
 # From the ground up: a part imports from its own line and from those above it here. A folder includes its subfolders
 # unless one has a line of its own; `tasks` alone is the floor of the eight stages.
 LAYERS = (
@@ -32,6 +35,7 @@ LAYERS = (
     ("lolcats_core.evaluation",),
     ("lolcats_core.export", "lolcats_core.estimation"),
     ("lolcats_core",),
+    ("lolcats_vllm",),
     ("lolcats_core.experiments", "lolcats_core.pretraining"),
     ("tasks.runner",),
     ("tasks.versioning",),
@@ -49,6 +53,8 @@ OURS = {"lolcats_common", "lolcats_core", "lolcats_kernels"}
 NEVER = {"prefect", "mlflow", "dvc", "tasks", "flows"}
 # Documents that a run writes.
 WRITTEN = {"ablation.md", "frontier.md", "model_card.md", "summary.md"}
+# Packages of the distribution that hold no Python.
+WITHOUT_MODULES = {"lolcats_core.evaluation.lm_eval_tasks", "lolcats_core.teacher.builtin"}
 # A folder's floor that can be taken in at one look.
 FLOOR = 14
 
@@ -102,6 +108,12 @@ def test_imports_run_downwards_only() -> None:
     for name, file in MODULES.items():
         above = {other for other in imported(parsed(file)) if layer(other) > layer(name)}
         assert above == set(), name
+
+
+def test_what_is_installed_apart_is_imported_by_nothing_else() -> None:
+    for name, file in MODULES.items():
+        if not name.startswith(APART):
+            assert not any(other.startswith(APART) for other in imported(parsed(file))), name
 
 
 def test_no_import_closes_a_circle() -> None:
@@ -158,12 +170,16 @@ def test_the_tasks_floor_holds_the_stages_alone() -> None:
 
 def test_the_distribution_holds_every_package() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in MODULES.values()} | {ROOT / "kernels"}
-    names = {
-        module_name(folder / "__init__.py", folder.relative_to(ROOT).parts[0].replace("kernels", "lolcats_kernels"))
-        for folder in folders
+    folders = {path.parent for path in MODULES.values()} - {ROOT / APART} | {ROOT / "kernels", ROOT / "presets"}
+    places = {
+        "kernels": "lolcats_kernels",
+        **{name: f"lolcats_pipeline.{name}" for name in ("flows", "presets", "tasks")},
     }
-    assert names <= set(settings["packages"])
+    names = {"lolcats_pipeline"}
+    for folder in folders:
+        top, *below = folder.relative_to(ROOT).parts
+        names.add(".".join((places.get(top, top), *below)))
+    assert names == set(settings["packages"]) - WITHOUT_MODULES
 
 
 def test_a_legend_of_dimensions_stands_in_the_module_s_docstring() -> None:

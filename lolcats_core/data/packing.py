@@ -7,21 +7,10 @@ positions at which rows stand.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 Row = dict[str, np.ndarray]
-
-
-class Packer(Protocol):
-    """Takes documents, gives rows; `flush` gives what is left and returns how many tokens were dropped or added."""
-
-    columns: tuple[str, ...]
-
-    def add(self, tokens: list[int], targets: list[bool]) -> Iterator[Row]: ...
-
-    def flush(self) -> Iterator[Row]: ...
 
 
 class ConcatenatedPacker:

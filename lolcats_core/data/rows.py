@@ -121,6 +121,15 @@ class TokenRows:
         return np.memmap(self.path / f"{name}.bin", dtype=dtype, mode="r", shape=shape)
 
 
+def open_split(folder: Path) -> tuple[TokenRows, TokenRows]:
+    """Training and validation rows in the directory of stage `prepare`.
+
+    Raises:
+        UserError: as `TokenRows.open`.
+    """
+    return TokenRows.open(folder / "train"), TokenRows.open(folder / "validation")
+
+
 class TokenRowsWriter:
     """Writes rows as they come; the directory appears, complete, when the ``with`` block ends well.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import sha256_file
+from lolcats_common.files import files_below, sha256_file
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text
 from lolcats_core.data.readers import (
@@ -97,13 +97,7 @@ def _files_below(folder: Path) -> list[Path]:
     Beside data files, text files are none (a README, a licence); beside other data or text, .json files are none (the
     description of a data set, the settings of a program).
     """
-    files = [
-        file
-        for file in folder.rglob("*")
-        if suffix_of(file) is not None
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    ]
+    files = [file for file in files_below(folder, hidden=False) if suffix_of(file) is not None]
     texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     tables = [file for file in files if suffix_of(file) not in (*TEXT_SUFFIXES, ".json")]
     said = any(file.stem.upper() not in ("README", "LICENSE") for file in texts)

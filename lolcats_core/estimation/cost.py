@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
 from lolcats_core.estimation.doctor import EFFICIENCY, flops_per_token
-from lolcats_core.estimation.memory import FITS, GIB, streamed_memory, train_memory
-from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.estimation.memory import FITS, GIB, ModelShape, streamed_memory, train_memory
 
 
 @dataclass(frozen=True)

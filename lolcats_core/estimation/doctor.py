@@ -16,13 +16,14 @@ from lolcats_common.sources import COMMIT, find_teacher, find_text, source_path
 from lolcats_core.compute.device import resolve_device
 from lolcats_core.estimation.memory import (
     GIB,
+    KNOWN_MODELS,
+    ModelShape,
     device_memory,
     evaluated_by_layers,
     streamed_memory,
     train_memory,
     transfer_mode,
 )
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
 from lolcats_core.teacher.checks import check_config
 from lolcats_core.teacher.pin import BUILTIN, examine_teacher
 

@@ -96,9 +96,9 @@ def until_end(tokens: Sequence[int], end: Sequence[int]) -> list[int]:
     return list(tokens)
 
 
-def repetition(tokens: Sequence[int], n: int = NGRAM) -> float:
-    """Share of n-grams that occurred before in the same text: 0 for no repetition, near 1 for a loop."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of runs of `NGRAM` tokens that occurred before in the same text: 0 for no repetition, near 1 for a loop."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

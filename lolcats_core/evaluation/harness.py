@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import io
 import json
 import logging
 import os
-import re
+import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,18 +17,16 @@ from typing import TYPE_CHECKING, Any
 from lolcats_common.errors import UserError
 from lolcats_common.progress import Progress, progress
 from lolcats_core.evaluation.recall import mean_and_stderr
+from lolcats_core.evaluation.task_files import RUNS_ANSWERS, task_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 # The metric by which results are published: length-normalised accuracy where the options are sentences.
 PRIMARY = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "code_continuation": "acc_norm"}
 # Longest text of an answer or a target in a sample log.
 KEPT_CHARACTERS = 400
-OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
-_DEFINED = re.compile(r"""^['"]?(?:task|group|tag)['"]?:[ \t]*['"]?([\w.+-]+)['"]?[ \t]*$""", re.MULTILINE)
-_TAG_LIST = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[^\n]*\n?)+)", re.MULTILINE)
-_TAG = re.compile(r"""-[ \t]*['"]?([\w.+-]+)""")
 
 
 @dataclass(frozen=True)
@@ -126,6 +123,7 @@ def run_lm_eval(
         groups = {name: _leaves(manager, name) for name in tasks}
         if answers is not None:
             answers.parent.mkdir(parents=True, exist_ok=True)
+            _drop_damaged(answers)
         wrapped = Measured(
             pretrained=model,
             tokenizer=tokenizer,
@@ -147,6 +145,19 @@ def run_lm_eval(
             model.train(training)
     assert answer is not None
     return {name: _result(name, leaves, dict(answer)) for name, leaves in groups.items()}
+
+
+def _drop_damaged(answers: Path) -> None:
+    """Delete databases of answers that can no longer be read; what stood in them is asked again."""
+    for file in answers.parent.glob(f"{answers.name}_rank*.db"):
+        try:
+            with contextlib.closing(sqlite3.connect(file)) as database:
+                whole = database.execute("PRAGMA quick_check").fetchone() == ("ok",)
+        except sqlite3.DatabaseError:
+            whole = False
+        if not whole:
+            logger.warning("%s is damaged; asked again", file)
+            file.unlink()
 
 
 def task_hash(name: str, *, num_fewshot: int | None = None, task_dirs: Sequence[Path] = ()) -> str:
@@ -176,7 +187,13 @@ def task_hash(name: str, *, num_fewshot: int | None = None, task_dirs: Sequence[
 def _leaves(manager: Any, name: str) -> dict[str, Any]:
     """The tasks behind a name, loaded: itself, or the members of a group or tag."""
     try:
-        return dict(manager.load([name])["tasks"])
+        leaves = dict(manager.load([name])["tasks"])
+        for leaf, task in leaves.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise UserError(f"`evaluate.tasks`: {leaf} {RUNS_ANSWERS}")
+        return leaves
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"lm-eval: the data of {name} cannot be loaded ({_one_line(error)}); connect to the network, or leave the "
@@ -272,47 +289,23 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def task_folder(name: str, task_dirs: Sequence[Path]) -> Path:
-    """The folder to show lm-eval so that it knows the task; reads no more of its 14 000 files than it must."""
-    for folder in (*task_dirs, OWN_TASKS):
-        if name in _names(folder):
-            return folder
-    import lm_eval.tasks
-
-    shipped = Path(lm_eval.tasks.__file__).parent
-    folders = sorted(path for path in shipped.iterdir() if path.is_dir())
-    # Most tasks lie in a folder whose name begins theirs: arc_challenge in arc.
-    likely = [folder for folder in folders if name.startswith(folder.name)]
-    for folder in sorted(likely, key=lambda path: -len(path.name)):
-        if name in _names(folder):
-            return folder
-    known: set[str] = set()
-    for folder in (*task_dirs, OWN_TASKS, *folders):
-        names = _names(folder)
-        if name in names:
-            return folder
-        known |= names
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)
-    raise UserError(f"`evaluate.tasks` names {name!r}, which lm-eval does not know; did you mean {close[0]!r}?")
-
-
-def _names(folder: Path) -> set[str]:
-    """Names of the tasks, groups and tags that are defined under a folder."""
-    names: set[str] = set()
-    for file in folder.rglob("*.yaml"):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        names.update(_DEFINED.findall(text))
-        for block in _TAG_LIST.findall(text):
-            names.update(_TAG.findall(block))
-    return names
+class _HubCode(BaseException):
+    """A task wants a metric that it would fetch; a BaseException, because lm-eval goes on after any other."""
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence lm-eval's and datasets' chatter: their warnings address its own command line, their bars nest badly."""
+    """Silence lm-eval's and datasets' chatter: their warnings address its own command line, their bars nest badly.
+
+    Under it no task fetches code either.
+    """
     import datasets
+    import evaluate
     from lm_eval import evaluator
     from tqdm import tqdm
+
+    def refuse(metric: str, *args: Any, **kwargs: Any) -> None:
+        raise _HubCode(metric)
 
     def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "disable": True})
@@ -320,17 +313,21 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     original, bars = tqdm.__init__, datasets.utils.logging.is_progress_bar_enabled()
-    commit = evaluator.get_git_commit_hash
+    commit, load = evaluator.get_git_commit_hash, evaluate.load
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tqdm.__init__ = disabled
+    tqdm.__init__, evaluate.load = disabled, refuse
     evaluator.get_git_commit_hash = lambda: None  # nobody reads it, and outside a checkout git complains
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it bootstraps
             yield
+    except _HubCode as metric:
+        raise UserError(
+            f"`evaluate.tasks`: the metric {metric} is code from the Hugging Face hub, which is not run; leave it out"
+        ) from None
     finally:
-        tqdm.__init__ = original
+        tqdm.__init__, evaluate.load = original, load
         evaluator.get_git_commit_hash = commit
         if bars:
             datasets.enable_progress_bars()

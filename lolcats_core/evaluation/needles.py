@@ -10,7 +10,7 @@ greedy decoding would write, without decoding. The sentence is none that `select
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,7 @@ def make_needles(rows: Rows, tokenizer: Any, length: int, count: int, seed: int)
     return found
 
 
-def needles_found(
-    model: nn.Module, needles: Sequence[Needle], *, on_items: Callable[[int], None] | None = None
-) -> list[bool]:
+def needles_found(model: nn.Module, needles: Sequence[Needle]) -> list[bool]:
     """Whether each is found, one item at a time (lengths differ by a few tokens)."""
     found = []
     with evaluating(model):
@@ -75,6 +73,4 @@ def needles_found(
             ids = needle.ids[None].to(model_device(model))
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=needle.answer + 1).logits[0, :-1]
             found.append(bool((logits.argmax(-1) == ids[0, -needle.answer :]).all()))
-            if on_items is not None:
-                on_items(1)
     return found

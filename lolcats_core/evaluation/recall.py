@@ -53,7 +53,6 @@ def copy_recall(
     exclude_ids: Iterable[int] = (),
     *,
     prefix_ids: Sequence[int] = (),
-    device: torch.device | str | None = None,
     on_samples: Callable[[int], None] | None = None,
 ) -> dict[int, RecallResult]:
     """Show a random string of `gap` tokens twice and count the second copy's tokens that the model predicts.
@@ -65,13 +64,12 @@ def copy_recall(
         gaps: lengths of the string, each the distance between a token and its copy.
         exclude_ids: tokens that never occur in the strings, such as special tokens.
         prefix_ids: tokens put before the string, such as the beginning-of-sequence token.
-        device: where the batches go; by default where the model is.
         on_samples: called with the number of sequences after each forward pass.
 
     Raises:
         UserError: a gap is at most 4, there are no samples, or the vocabulary is too small.
     """
-    device = torch.device(device) if device is not None else model_device(model)
+    device = model_device(model)
     excluded = tuple(exclude_ids)
     if samples < 1:
         raise UserError(f"`recall_samples` must be at least 1, got {samples}")

@@ -101,7 +101,7 @@ class ResultCache:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             logger.warning("%s is damaged; measured again", file)
         result = measure()
         write_json(file, result)

@@ -1,7 +1,8 @@
-"""Recall over text, for any tokenizer: copying, associative recall (MQAR), passkey and needle as lm-eval tasks.
+"""Recall over text, for any tokenizer: copying, associative recall (MQAR), passkey, needle and RULER as lm-eval tasks.
 
 An item is a context and the one right continuation; it counts when the model's greedy answer is that continuation. The
-same seed, tokenizer and lengths give the same items. Sources: MQAR, arXiv 2312.04927; passkey, arXiv 2305.16300, 4.2.
+same seed, tokenizer and lengths give the same items. RULER's questions are put through the tokenizer's chat template
+where it has one. Sources: MQAR, arXiv 2312.04927; passkey, arXiv 2305.16300, 4.2; RULER, arXiv 2404.06654.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import yaml
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_text
 from lolcats_common.records import Cell
+from lolcats_core.evaluation import ruler
 from lolcats_core.evaluation.recall import mean_and_stderr
+from lolcats_core.evaluation.ruler import word
 from lolcats_core.training.loop import Rows
 
 if TYPE_CHECKING:
@@ -28,8 +31,7 @@ TASK_FILES = Path(__file__).parent / "lm_eval_tasks"
 DEPTHS = (0.1, 0.5, 0.9)
 # The copy begins with words that say where it is; none of them is asked for.
 COPY_LEAD = 4
-CONSONANTS, VOWELS = "bcdfghjklmnprstvz", "aeiou"
-GARBAGE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+GARBAGE = "".join(f"{sentence} " for sentence in ruler.NOISE)
 PASSKEY_TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about "
     "the important information there.\n"
@@ -60,28 +62,28 @@ def make_items(
     lengths: Sequence[int],
     per_cell: int,
     *,
-    depths: Sequence[float] = DEPTHS,
     seed: int = 0,
     haystack: str = GARBAGE,
 ) -> list[SyntheticItem]:
     """`per_cell` items of each length and depth, as long as the length allows.
 
     Args:
-        task: ``copy``, ``mqar``, ``passkey`` or ``needle``.
+        task: of `TASKS`.
         lengths: tokens of context and target together.
-        haystack: text that hides the needle; repeated where it is short.
+        haystack: text in which the tasks of `IN_TEXT` hide what they ask for; repeated where it is short.
 
     Raises:
         UserError: the task is unknown, or a length leaves no room for it.
     """
     if task not in TASKS:
         raise UserError(f"a synthetic task must be one of {', '.join(TASKS)}, got {task!r}")
+    maker = _PLAIN[task] if task in _PLAIN else _asked(ruler.TASKS[task], tokenizer)
     items = []
     for length in lengths:
-        for depth in depths:
+        for depth in DEPTHS:
             for number in range(per_cell):
-                key = [seed, list(TASKS).index(task), length, round(1000 * depth), number]
-                context, target = _longest(TASKS[task], key, depth, haystack, tokenizer, length, task)
+                key = [seed, TASKS.index(task), length, round(1000 * depth), number]
+                context, target = _longest(maker, key, depth, haystack, tokenizer, length, task)
                 items.append(SyntheticItem(context, target, length, depth))
     return items
 
@@ -149,13 +151,23 @@ def _longest(
     return build(low)
 
 
-def _word(rng: np.random.Generator, syllables: int = 2) -> str:
-    return "".join(rng.choice(list(CONSONANTS)) + rng.choice(list(VOWELS)) for _ in range(syllables))
+def _asked(maker: ruler.Maker, tokenizer: PreTrainedTokenizerBase) -> Maker:
+    """Items of RULER as a context: the question and the lead of its answer, as a chat where the tokenizer knows one."""
+
+    def make(rng: np.random.Generator, units: int, depth: float, haystack: str) -> tuple[str, str]:
+        item = maker(rng, units, depth, haystack)
+        if tokenizer.chat_template is None:
+            return f"{item.prompt} {item.lead}", item.target
+        turn = [{"role": "user", "content": item.prompt}]
+        chat = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return f"{chat}{item.lead}", item.target
+
+    return make
 
 
 def _copy(rng: np.random.Generator, units: int, depth: float, _: str) -> tuple[str, str]:
     """Random words twice; the copy stops at `depth`, and the next word is asked for."""
-    words = [_word(rng) for _ in range(units + COPY_LEAD + 1)]
+    words = [word(rng) for _ in range(units + COPY_LEAD + 1)]
     place = min(len(words) - 1, max(COPY_LEAD, round(depth * len(words))))
     return " ".join(words) + "\n" + " ".join(words[:place]), " " + words[place]
 
@@ -164,9 +176,9 @@ def _mqar(rng: np.random.Generator, units: int, depth: float, _: str) -> tuple[s
     """Pairs of a key and a number, one to a line, and one key again at the end."""
     keys: list[str] = []
     while len(keys) < units + 1:
-        word = _word(rng)
-        if word not in keys:
-            keys.append(word)
+        key = word(rng)
+        if key not in keys:
+            keys.append(key)
     numbers = rng.integers(10, 100, size=len(keys))
     asked = min(len(keys) - 1, int(depth * len(keys)))
     pairs = "".join(f"{key}: {number}\n" for key, number in zip(keys, numbers, strict=True))
@@ -186,9 +198,12 @@ def _needle(rng: np.random.Generator, units: int, depth: float, haystack: str) -
     lines = haystack.split("\n")
     start = int(rng.integers(len(lines)))
     chosen = [lines[(start + i) % len(lines)] for i in range(units)]
-    name, number = f"{_word(rng)}_{_word(rng)}", rng.integers(10_000, 100_000)
+    name, number = f"{word(rng)}_{word(rng)}", rng.integers(10_000, 100_000)
     chosen.insert(round(depth * units), f"{name} = {number}")
     return "\n".join(chosen) + f"\n{name} =", f" {number}"
 
 
-TASKS: dict[str, Maker] = {"copy": _copy, "mqar": _mqar, "passkey": _passkey, "needle": _needle}
+_PLAIN: dict[str, Maker] = {"copy": _copy, "mqar": _mqar, "passkey": _passkey, "needle": _needle}
+TASKS = (*_PLAIN, *ruler.TASKS)
+# Tasks that hide something in text.
+IN_TEXT = {"needle", *ruler.TASKS} - {"ruler_single_1", "ruler_tracking"}

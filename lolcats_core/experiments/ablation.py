@@ -15,6 +15,7 @@ from torch import nn
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import FinetuneParams, Params, SelectParams
+from lolcats_core.experiments.controls import window_perplexity
 from lolcats_core.experiments.study import EvalSettings, StudyContext
 from lolcats_core.experiments.trials import Trial, run_trial, run_trials
 
@@ -217,8 +218,9 @@ def table_row(trial: Trial, result: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's section, label and settings with what became of it, as plain values.
 
     Returns:
-        Among them ``before`` and ``after`` (perplexity without and with LoRA), ``recall``, ``layer_errors`` (after
-        transfer) and ``tokens``; None for what could not be measured because the trial diverged.
+        Among them ``before`` and ``after`` (perplexity without and with LoRA), ``control`` (the latter of a plain
+        window in the same bytes; None where it was not trained), ``recall``, ``layer_errors`` (after transfer) and
+        ``tokens``; None for what could not be measured because the trial diverged.
     """
     section, _, label = trial.name.partition("/")
     before, after = (result[step] or {} for step in ("transferred", "finetuned"))
@@ -231,6 +233,7 @@ def table_row(trial: Trial, result: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": list(_finetune(trial).target_modules),
         "before": before.get("perplexity"),
         "after": after.get("perplexity"),
+        "control": window_perplexity(result, "finetuned"),
         "recall": next(iter(after.get("recall", {}).values()), None),
         "layer_errors": result["layer_errors"],
         "tokens": result["tokens"],

@@ -14,6 +14,7 @@ from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params
 from lolcats_common.tables import markdown_table, number
 from lolcats_core.experiments.ablation import FEATURE_MAPS, WINDOWS, Budget, published_trial
+from lolcats_core.experiments.controls import WINDOW
 from lolcats_core.experiments.study import StudyContext
 
 TITLES = {
@@ -120,7 +121,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{number(teacher['perplexity'])}, recall {teacher['recall']:.3f}. Each stage: {budget['steps']} steps of "
         f"{budget['batch_size']} x {budget['sequence_length']} tokens at learning rates {budget['transfer_lr']:g} "
         f"and {budget['finetune_lr']:g}; without transfer, maps and LoRA together for both, at the latter. "
-        f"Perplexity over {budget['eval_rows']} validation rows; recall: copying at gap {budget['recall_gap']}.",
+        f"Perplexity over {budget['eval_rows']} validation rows; {WINDOW}: that of one in the same bytes after the "
+        f"same LoRA; recall: copying at gap {budget['recall_gap']}.",
         "",
     ]
     grid = {row["label"]: row for row in report["rows"] if row["section"] == "grid"}
@@ -129,8 +131,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for section, title in TITLES.items():
         chosen = [row for row in report["rows"] if row["section"] == section]
         if chosen:
-            cells = [(row["label"], *_perplexities(row), _recall(row)) for row in chosen]
-            lines += [markdown_table((title, "PPL before LoRA", "PPL", "recall"), cells), ""]
+            cells = [(row["label"], *_perplexities(row), _control(row), _recall(row)) for row in chosen]
+            lines += [markdown_table((title, "PPL before LoRA", "PPL", WINDOW, "recall"), cells), ""]
     lines += ordering_lines([Claim(**claim) for claim in report["ordering"]])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -138,12 +140,13 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _grid_table(grid: Mapping[str, Mapping[str, Any]]) -> str:
     """The paper's form: one line per attention, without transfer beside with it."""
     without = ("Swap & Finetune: PPL before LoRA", "PPL")
-    transferred = ("+ Attention Transfer: PPL before LoRA", "PPL", "recall")
+    transferred = ("+ Attention Transfer: PPL before LoRA", "PPL", WINDOW, "recall")
     rows = []
     for label, row in grid.items():
         name, _, kind = label.rpartition(", ")
         if kind == "transfer":
-            rows.append((name, *_perplexities(grid[f"{name}, no transfer"]), *_perplexities(row), _recall(row)))
+            cells = *_perplexities(grid[f"{name}, no transfer"]), *_perplexities(row), _control(row), _recall(row)
+            rows.append((name, *cells))
     return markdown_table(("feature map, window, key maps per", *without, *transferred), rows)
 
 
@@ -159,6 +162,10 @@ def ordering_lines(claims: Sequence[Claim]) -> list[str]:
 
 def _perplexities(row: Mapping[str, Any]) -> tuple[str, str]:
     return number(row["before"], "diverged"), number(row["after"], "diverged")
+
+
+def _control(row: Mapping[str, Any]) -> str:
+    return number(row["control"], "-")
 
 
 def _recall(row: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from lolcats_common.import_closure import import_closure
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_device, resolve_dtype
-from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.rows import open_split
 from lolcats_core.data.special_tokens import special_ids
 from lolcats_core.evaluation import generation
 from lolcats_core.evaluation.needles import Needle, make_needles, needles_found
@@ -94,7 +94,7 @@ class StudyContext:
         source = Teacher.open(pin)
         tokenizer = source.tokenizer()
         teacher = source.load(resolve_dtype(params.compute.precision), resolve_device(params.compute.device))
-        train, validation = (TokenRows.open(rows / name) for name in ("train", "validation"))
+        train, validation = open_split(rows)
         excluded = exclude_ids(teacher.config, special_ids(tokenizer))
         return cls(teacher, train, validation, settings, folder, excluded, tokenizer)
 
@@ -149,8 +149,10 @@ def evaluate_model(model: PreTrainedModel, study: StudyContext, *, full: bool = 
     """Measure perplexity and recall of a model and, with `full`, its agreement with the teacher, branches and state.
 
     Returns:
-        ``perplexity``, ``recall`` by gap; with `full` ``state`` (`state_bytes`), ``positions`` (loss of long rows, by
-        `position.loss_by_position`), ``needles`` (found or not, by length) and, of a student, ``agreement`` (share
+        ``perplexity``, ``recall`` by gap; with `full` ``state`` (`state_bytes`), ``row_losses`` (nats, of each of the
+        rows whose perplexity it is), ``positions`` (loss of long rows, by `position.loss_by_position`),
+        ``long_losses`` (of each long row, in the last of those ranges), ``needles`` (found or not, by length) and, of a
+        student, ``agreement`` (share
         of positions where the most probable token is the teacher's), ``exact_prefix`` (share of a continuation that is
         the teacher's from its start on), ``token_f1``, ``audited`` (perplexity on `audit_rows`), ``linear_off`` and
         ``window_off`` (the same without a branch; None where there is no such branch or the loss is not finite).
@@ -173,9 +175,12 @@ def evaluate_model(model: PreTrainedModel, study: StudyContext, *, full: bool = 
     if not full:
         return result
     result["state"] = state_bytes(model, study)
+    each = position_losses(model, rows.batch(range(min(settings.perplexity_rows, len(rows)))))
+    result["row_losses"] = each.nanmean(1).tolist()
     if settings.long_rows:
-        batch = joined_rows(rows, settings.context, settings.long_rows)
-        result["positions"] = loss_by_position(position_losses(model, batch))
+        losses = position_losses(model, joined_rows(rows, settings.context, settings.long_rows))
+        result["positions"] = loss_by_position(losses)
+        result["long_losses"] = losses[:, result["positions"][-1]["start"] - 1 :].nanmean(1).tolist()
     if settings.needle_lengths:
         result["needles"] = {str(length): needles_found(model, needles) for length, needles in study.needles.items()}
     if model is study.teacher:

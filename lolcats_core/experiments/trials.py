@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
@@ -27,9 +27,12 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import Params, apply_overrides, params_from_dict
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 from lolcats_core.compute.device import seed_everything
+from lolcats_core.evaluation.control import control_settings
+from lolcats_core.experiments.controls import TEACHER, WINDOW
 from lolcats_core.experiments.study import StudyContext, evaluate_model
 from lolcats_core.model.map_files import INITIAL, NOT_OF_MAPS, load_feature_maps, save_feature_maps
 from lolcats_core.model.modeling import feature_maps, linearize
+from lolcats_core.training.allocation import all_groups
 from lolcats_core.training.attention_transfer import attention_transfer, evaluate_transfer, head_errors
 from lolcats_core.training.loop import Rows, total_steps
 from lolcats_core.training.losses import plain_model
@@ -99,22 +102,53 @@ def cache_budgets(base: Trial, ratios: Iterable[float]) -> list[Trial]:
     ]
 
 
+def controls_of(trial: Trial, result: Mapping[str, Any], study: StudyContext) -> dict[str, Trial]:
+    """The controls of a finished trial, by `WINDOW` and `TEACHER`; none where nothing is linear or it diverged.
+
+    The window's bytes are counted at `EvalSettings.context` tokens. A teacher that learns from its own logits alone
+    stays what it is and is left out.
+    """
+    if result["selection"] is None:
+        return {}
+    config, settings = study.teacher.config, LinearizeConfig.from_dict(result["selection"]["linearize"])
+    window = control_settings(config, settings, study.teacher.dtype, study.settings.context)
+    if window is None:
+        return {}
+    plain = dataclasses.replace(trial, transfer=TransferParams(enabled=False), select=SelectParams())
+    found = {WINDOW: dataclasses.replace(plain, name=f"{trial.name}, {WINDOW}", linearize=window)}
+    if trial.finetune is not None and trial.finetune.loss != "logit_kl":
+        layers = tuple(dict.fromkeys(layer for layer, _ in all_groups(config)))
+        name = f"{trial.name}, {TEACHER}"
+        found[TEACHER] = dataclasses.replace(plain, name=name, linearize=LinearizeConfig(softmax_layers=layers))
+    return found
+
+
 def run_trials(
     trials: Sequence[Trial],
     study: StudyContext,
     note: Callable[[Trial, dict[str, Any]], None] = lambda trial, result: None,
 ) -> list[dict[str, Any]]:
-    """Train and measure every trial; first those that no other process works on, then what others have finished.
+    """Train and measure every trial and its controls; first those that no other process works on, then the others.
 
     Args:
-        note: called with each trial and its result as they come.
+        note: called with each trial or control and its result as they come.
 
     Returns:
-        The results (`run_trial`) in the order of `trials`.
+        The results (`run_trial`) in the order of `trials`, each with those of its ``controls`` (`controls_of`).
 
     Raises:
         UserError: a recipe does not fit the teacher.
     """
+    results = _run_all(trials, study, note)
+    controls = [controls_of(trial, result, study) for trial, result in zip(trials, results, strict=True)]
+    different = {_file(each, study): each for found in controls for each in found.values()}
+    _run_all(list(different.values()), study, note)
+    return [cast(dict[str, Any], finished_with_controls(trial, study)) for trial in trials]
+
+
+def _run_all(
+    trials: Sequence[Trial], study: StudyContext, note: Callable[[Trial, dict[str, Any]], None]
+) -> list[dict[str, Any]]:
     results: dict[int, dict[str, Any]] = {}
     for wait in (False, True):
         for number, trial in enumerate(trials):
@@ -154,6 +188,15 @@ def finished(trial: Trial, study: StudyContext) -> dict[str, Any] | None:
     """The result of a trial that some process has finished; otherwise None."""
     file = _file(trial, study)
     return {"recipe": trial.name, **json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else None
+
+
+def finished_with_controls(trial: Trial, study: StudyContext) -> dict[str, Any] | None:
+    """As `finished`, with those of its ``controls`` that are finished as well, by what they are (`controls_of`)."""
+    result = finished(trial, study)
+    if result is None:
+        return None
+    found = {kind: finished(each, study) for kind, each in controls_of(trial, result, study).items()}
+    return {**result, "controls": {kind: each for kind, each in found.items() if each is not None}}
 
 
 def _file(trial: Trial, study: StudyContext) -> Path:

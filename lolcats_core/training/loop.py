@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,12 +159,7 @@ class _Run:
             torch.save(state, partial)
 
     def load(self, path: Path, fingerprint: str) -> None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"{path}: the checkpoint is damaged ({type(error).__name__}); delete it to start this stage again"
-            ) from None
+        state = read_checkpoint(path, "delete it to start this stage again")
         if not isinstance(state, dict) or state.get("fingerprint") != fingerprint:
             raise UserError(f"{path}: the checkpoint is of another run; delete it to start this stage again")
         self.restore(state["weights"])
@@ -177,6 +173,21 @@ class _Run:
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def read_checkpoint(path: Path, remedy: str) -> Any:
+    """What `torch.save` wrote, every part held against its checksum, which `torch.load` itself does not look at.
+
+    Raises:
+        UserError: it is damaged; `remedy` says what to do.
+    """
+    try:
+        with zipfile.ZipFile(path) as parts:
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: the checkpoint is damaged ({type(error).__name__}); {remedy}") from None
 
 
 def train(
@@ -204,7 +215,8 @@ def train(
         evaluate: validation metrics, ``loss`` among them; called before the first step, every `eval_every` and at
             the end.
         scratch: directory of the step checkpoint.
-        log: receives metrics and the optimiser step.
+        log: receives metrics and the optimiser step; a run that continues begins with those of the steps that it has,
+            since what the killed one had not sent yet is lost.
         make_optimizer: AdamW with `lr` and `weight_decay` unless given; its learning rates are scheduled.
         weigh: what rows count for in the mean that ``loss`` is, so that a step's loss is the same mean over all its
             rows however micro-batches and processes divide them.
@@ -228,6 +240,7 @@ def train(
     if checkpoint.exists():
         run.load(checkpoint, fingerprint)
         logger.info("%s: continuing from step %d of %d", label, run.result.steps, steps)
+        log_history(run.result, log)
     else:
         _validate(run, evaluate, log)
     started = time.monotonic() - run.result.seconds
@@ -275,6 +288,12 @@ def train(
     run.save(checkpoint, fingerprint)
     run.restore(run.best)
     return run.result
+
+
+def log_history(result: TrainResult, log: Callable[[dict[str, float], int], None]) -> None:
+    """Log every entry of a run's history at its step."""
+    for entry in result.history:
+        log({name: value for name, value in entry.items() if name != "step"}, int(entry["step"]))
 
 
 def _mean(window: list[dict[str, Tensor]], steps: int, label: str, step: int) -> dict[str, float]:

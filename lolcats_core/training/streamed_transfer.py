@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lolcats_common.errors import UserError
@@ -47,7 +46,7 @@ from lolcats_core.training.attention_transfer import (
 )
 from lolcats_core.training.calibration import calibrate_layer, calibration_rows
 from lolcats_core.training.hidden_rows import Calibration, HiddenRows
-from lolcats_core.training.loop import Rows, TrainResult, train
+from lolcats_core.training.loop import Rows, TrainResult, log_history, read_checkpoint, train
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +100,8 @@ class StreamedTransfer:
         for index in range(last + 1):
             moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
             initial = self._initial(index)
+            if index in self.maps and self._done(index):
+                log_history(self._saved(index)[1], self._log_layer)
             if self._done(index) and (moved_on or index == last):
                 continue
             begun = dict(self.stopwatch.seconds)
@@ -128,10 +129,20 @@ class StreamedTransfer:
         return values
 
     def _file(self, index: int) -> Path:
-        return self.scratch / f"layer_{index:03d}.safetensors"
+        return self.scratch / f"layer_{index:03d}.pt"
 
-    def _result(self, index: int) -> Path:
-        return self.scratch / f"layer_{index:03d}.result.pt"
+    def _saved(self, index: int) -> tuple[dict[str, Tensor], TrainResult, Errors]:
+        """Maps, training and errors of a layer that is done.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        saved = read_checkpoint(self._file(index), f"delete {self.scratch} to start stage 1 again")
+        return saved["maps"], TrainResult(**saved["result"]), saved["errors"]
+
+    def _log_layer(self, metrics: dict[str, float], step: int) -> None:
+        """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
+        self.log({name: value for name, value in metrics.items() if "layer_" in name}, step)
 
     def _done(self, index: int) -> bool:
         return index not in self.maps or distributed.broadcast(self._file(index).is_file())
@@ -183,17 +194,15 @@ class StreamedTransfer:
             scratch=own_scratch,
             seed=self.seed,
             device=student.device,
-            log=lambda metrics, step: self.log(_of_layers(metrics), step),
+            log=self._log_layer,
             label=f"attention transfer, layer {index} (of {len(student.layers)})",
         )
         with self.stopwatch.part("validation"):
             errors = errors_of(mean_values(held_out_errors, validation, params.batch_size))
         if distributed.is_main():
             tensors = {name: p.detach().cpu().contiguous() for name, p in maps.named_parameters()}
-            with atomic_file(self._result(index)) as partial:
-                torch.save({"result": vars(result), "errors": errors}, partial)
             with atomic_file(self._file(index)) as partial:
-                save_file(tensors, partial)
+                torch.save({"maps": tensors, "result": vars(result), "errors": errors}, partial)
             shutil.rmtree(own_scratch, ignore_errors=True)
         distributed.barrier()
 
@@ -229,16 +238,11 @@ class StreamedTransfer:
         tensors: dict[str, Tensor] = {}
         results, errors = [], Errors()
         for index, maps in self.maps.items():
-            tensors |= {f"{self.names[maps]}.{name}": x for name, x in load_file(self._file(index)).items()}
-            saved = torch.load(self._result(index), weights_only=True)
-            results.append(TrainResult(**saved["result"]))
-            errors |= saved["errors"]
+            trained, result, measured = self._saved(index)
+            tensors |= {f"{self.names[maps]}.{name}": value for name, value in trained.items()}
+            results.append(result)
+            errors |= measured
         return tensors, _merged(results), errors
-
-
-def _of_layers(metrics: dict[str, float]) -> dict[str, float]:
-    """Of one layer's metrics those that its name tells apart; the others would overwrite each other."""
-    return {name: value for name, value in metrics.items() if "layer_" in name}
 
 
 def _merged(results: list[TrainResult]) -> TrainResult:

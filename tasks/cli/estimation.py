@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lolcats_common.errors import UserError
-from lolcats_common.project import find_root
-from tasks.cli.options import Overrides, Preset, changed_params
+from tasks.cli.options import Overrides, Preset, asked
 from tasks.runner.logs import setup_logging
 
 app = typer.Typer()
@@ -28,8 +27,7 @@ def _print(table: Table) -> None:
 def doctor(preset: Preset = None, set: Overrides = None) -> None:
     """Say what a run will need (memory, disk, time, access) and what is missing; exit code 1 if something is."""
     setup_logging(logging.WARNING)
-    root = find_root()
-    params = changed_params(root, preset, set)
+    root, params = asked(preset, set)
     from lolcats_core.estimation import doctor as doctors
 
     findings = doctors.doctor(params, root)
@@ -50,8 +48,7 @@ def plan(
 ) -> None:
     """Memory, disk and hours of each way to run both training stages, and the best on these GPUs."""
     setup_logging(logging.WARNING)
-    root = find_root()
-    params = changed_params(root, preset, set)
+    root, params = asked(preset, set)
     from lolcats_core.estimation import cost as costs
     from lolcats_core.estimation.doctor import GIB, duration, model_shape
 

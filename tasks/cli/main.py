@@ -19,16 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from lolcats_common.errors import UserError
 from lolcats_common.params import load_params, read_yaml
 from lolcats_common.project import find_root
 from lolcats_common.sources import check_sources
-from tasks.cli import estimation, model, registry, studies
+from tasks.cli import estimation, model, project, registry, studies
 from tasks.cli.options import Overrides, Preset, changed_params
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
 from tasks.runner.processes import supervise
 from tasks.runner.store import read_overview
-from tasks.versioning import dvc_graph
+from tasks.versioning import dvc_graph, package
 
 
 class Program(TyperGroup):
@@ -44,11 +45,25 @@ class Program(TyperGroup):
 app = typer.Typer(
     name="lolcats",
     cls=Program,
-    help="Linearize pretrained transformers with LoLCATs: a tracked, resumable pipeline.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lolcats {package.version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Linearize pretrained transformers with LoLCATs: a tracked, resumable pipeline."""
 
 
 @app.command()
@@ -69,6 +84,14 @@ def run(
     options += [part for entry in set or [] for part in ("--set", entry)]
     options += [] if register else ["--no-register"]
     raise typer.Exit(supervise([sys.executable, "-m", "flows.linearize", *options]))
+
+
+@app.command(hidden=True)
+def stage(name: str) -> None:
+    """Run one stage of dvc.yaml here; `dvc repro` calls this in a project that `lolcats init` made."""
+    if name not in (known := read_yaml(find_root() / "dvc.yaml").get("stages") or {}):
+        raise UserError(f"dvc.yaml has no stage {name!r}; its stages: {', '.join(known)}")
+    os.execv(sys.executable, [sys.executable, "-m", f"tasks.{name}"])
 
 
 @app.command()
@@ -102,7 +125,7 @@ def _moment(milliseconds: int) -> str:
     return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S")
 
 
-for commands in (model, registry, studies, estimation):
+for commands in (project, model, registry, studies, estimation):
     app.add_typer(commands.app)
 
 

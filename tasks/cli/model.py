@@ -79,12 +79,13 @@ def export(
 def _model_path(model: str | None) -> Path:
     """The directory that --model names; without it, that of the finetuned model."""
     setup_logging(logging.WARNING)
-    root = find_root()
-    path = Path(model) if model else root / "outputs" / "finetune" / "model"
+    # A directory needs no project; without one, and with a registered version, there is none without it.
+    path = Path(model) if model else find_root() / "outputs" / "finetune" / "model"
     if (path / "config.json").is_file() or (path / "delta.json").is_file():
         return path
     if model is None:
         raise UserError("outputs/finetune/model is missing; run `lolcats run` first, or give --model DIR")
+    root = find_root()
     if path.exists():
         raise UserError(f"--model {model}: no config.json or delta.json in it, so it is no model directory")
     from tasks.registry.versions import download

@@ -12,12 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.progress import progress
-from lolcats_core import linearize, load_feature_maps
+from lolcats_core import linearize, load_feature_maps, low_rank_finetune
 from lolcats_core.compute.device import resolve_device, resolve_dtype
 from lolcats_core.compute.numbers import check_folder
-from lolcats_core.data.rows import TokenRows
-from lolcats_core.estimation.memory import device_memory, evaluated_by_layers
-from lolcats_core.estimation.shapes import ModelShape
+from lolcats_core.data.rows import TokenRows, open_split
+from lolcats_core.estimation.memory import ModelShape, device_memory, evaluated_by_layers
 from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.results import model_hash
 from lolcats_core.evaluation.streamed_perplexity import streamed_perplexity
@@ -25,12 +24,13 @@ from lolcats_core.model.map_files import write_feature_maps
 from lolcats_core.model.modeling import initial_feature_maps
 from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.teacher.pin import Teacher
+from lolcats_core.training.losses import plain_model
 from lolcats_core.training.perplexity import PerplexityResult, perplexity
 from tasks.runner.artifacts import selected
 from tasks.runner.stage import Stage
 
 # Rows beyond the training length, where the teacher's context allows it.
-LONG_FACTOR = 4
+LONG_FACTOR = 8
 
 
 class Models:
@@ -96,12 +96,29 @@ class Models:
             return self._load_finetuned(stage.input("finetune") / "model")
         if step == "control":
             assert self.control is not None, "there is no control"
-            return linearize(self.get("teacher"), self.control)
+            control = linearize(self.get("teacher"), self.control, seed=stage.params.seed)
+            return self._tuned(control) if stage.params.evaluate.control == "trained" else control
         settings, maps = selected(stage)
         student = linearize(self.get("teacher"), settings, seed=stage.params.seed)
         if step == "transferred":
             load_feature_maps(student, maps)
         return student
+
+    def _tuned(self, control: PreTrainedModel) -> PreTrainedModel:
+        """The control after the student's stage 2; a killed evaluation continues it."""
+        params = self.stage.params
+        train_rows, validation_rows = open_split(self.stage.input("prepare"))
+        adapted, _ = low_rank_finetune(
+            control,
+            train_rows,
+            validation_rows,
+            params.finetune,
+            scratch=self.stage.scratch / "control",
+            seed=params.seed,
+            gradient_checkpointing=params.compute.gradient_checkpointing,
+            offload_activations=params.compute.offload_activations,
+        )
+        return plain_model(adapted)
 
     def _load_finetuned(self, path: Path) -> PreTrainedModel:
         check_folder(path, str(path))

@@ -21,7 +21,7 @@ from lolcats_common.files import sha256_json, write_json, write_text
 from lolcats_common.progress import progress
 from lolcats_common.records import Audit, Control, Measured, Positions, StateBytes
 from lolcats_core import LinearizeConfig
-from lolcats_core.data.rows import TokenRows
+from lolcats_core.data.rows import open_split
 from lolcats_core.data.special_tokens import begin_ids, special_ids
 from lolcats_core.evaluation import audit, code_continuation, control, generation, position, synthetic
 from lolcats_core.evaluation.harness import run_lm_eval, task_hash
@@ -48,8 +48,7 @@ class Measurements:
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.params = stage, stage.params.evaluate
-        data = stage.input("prepare")
-        self.train_rows, self.rows = TokenRows.open(data / "train"), TokenRows.open(data / "validation")
+        self.train_rows, self.rows = open_split(stage.input("prepare"))
         self.models = models.Models(stage, int(self.rows.sequence_length))
         self.left_out: list[str] = []
         if self.models.by_layer:
@@ -67,14 +66,17 @@ class Measurements:
         self.task_dir = stage.scratch / "lm_eval_tasks"
 
     def kept(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> Any:
-        """The result of `measure`, from the scratch directory where an earlier, cut-short run left it."""
+        """The result of `measure`, from the scratch directory where an earlier, cut-short run left it whole."""
         file = self.stage.scratch / "measured" / f"{name}.json"
         try:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            result = measure()
-            write_json(file, result)
-            return result
+            pass
+        except (OSError, ValueError, TypeError):
+            logger.warning("%s is damaged; measured again", file)
+        result = measure()
+        write_json(file, result)
+        return result
 
     def cached(
         self, step: str, name: str, settings: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]
@@ -174,6 +176,7 @@ class Measurements:
             "tokens": tokens,
             "bytes": sizes[0],
             "student_bytes": sizes[1],
+            "trained": self.params.control == "trained",
             "perplexity": self.perplexity("control")["perplexity"],
             "recall": {str(gap): measured_value(self.recall("control", gap)) for gap in self.params.recall_gaps},
             "positions": None,
@@ -258,7 +261,7 @@ class Measurements:
         """Make the items of the project's own tasks, for lm-eval and beside the results."""
         chosen = {name for name in self.params.tasks if name in (*synthetic.TASKS, code_continuation.NAME)}
         haystack = ""
-        if "needle" in chosen:
+        if chosen & synthetic.IN_TEXT:
             haystack = synthetic.validation_text(self.rows, self.tokenizer, 2 * max(self.params.synthetic_lengths))
         for name in sorted(chosen):
             file = self.stage.scratch / f"{name}.jsonl"

@@ -1,4 +1,4 @@
-"""`make serve` and `make stop`: Prefect server, worker and MLflow server on loopback, each ended by its own pid.
+"""`lolcats serve` and `lolcats stop`: Prefect server, worker and MLflow server on loopback, each ended by its own pid.
 
 `LOLCATS_AUTH=user:password` protects both with that login. Ports: `LOLCATS_PREFECT_PORT` (4200) and
 `LOLCATS_MLFLOW_PORT` (5000). Whatever talks to the servers needs the variables that `start` writes into
@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,38 +26,18 @@ import psutil
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
-from lolcats_common.project import find_root
+from tasks.runner import new_store
 from tasks.runner.mlflow_run import connect, experiment_id
 
 HOST = "127.0.0.1"
 POOL = "lolcats"
 SERVICES = ("mlflow", "prefect", "worker")
+VARIABLES = ".prefect/services.env"  # what clients need, as `export` lines
 AUTH = "LOLCATS_AUTH"
 MIN_PASSWORD = 12  # what MLflow asks for
 BROKER = "flows.prefect_sqlite"  # by name: importing it here would load Prefect
 START_SECONDS = 600.0  # the first start makes the databases: minutes on a busy machine
 STOP_SECONDS = 20.0
-
-
-def main() -> int:
-    """``start`` or ``stop``; one line and exit code 1 for what a person can get wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tasks.operations.services", description=__doc__)
-    parser.add_argument("action", choices=("start", "stop"))
-    action = parser.parse_args().action
-    try:
-        root = find_root()
-        if action == "stop":
-            ended = stop(root)
-            print(f"Ended: {', '.join(ended)}." if ended else "Nothing was running.")
-            return 0
-        variables = start(root)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    print(f"Prefect: {variables['PREFECT_API_URL'].removesuffix('/api')}")
-    print(f"MLflow:  {variables['MLFLOW_TRACKING_URI']}")
-    print(f"For `lolcats`, `prefect` and `mlflow` in a shell:  . {_state(root).with_suffix('.env').relative_to(root)}")
-    return 0
 
 
 def start(root: Path) -> dict[str, str]:
@@ -71,11 +50,12 @@ def start(root: Path) -> dict[str, str]:
     """
     running = _running(root)
     if len(running) == len(SERVICES):
-        raise UserError(f"{', '.join(running)} run already; `make stop` ends them")
+        raise UserError(f"{', '.join(running)} run already; `lolcats stop` ends them")
     servers = [name for name in ("mlflow", "prefect") if name not in running]
     for name in servers:
         _end(_group(root, name))  # what its main process, killed alone, left behind on its port
     variables = _saved(root) if running else _fresh(root)
+    new_store.ensure(root / "mlflow.db")  # the server would make it too, but not whole or not at all
     try:
         for name in servers:
             _launch(root, name, *_server(root, name, variables))
@@ -273,7 +253,7 @@ def _saved(root: Path) -> dict[str, str]:
     try:
         words = shlex.split(_state(root).with_suffix(".env").read_text(encoding="utf-8"))
     except OSError:
-        raise UserError("some servers run, but .prefect/services.env is gone; `make stop` ends them") from None
+        raise UserError("some servers run, but .prefect/services.env is gone; `lolcats stop` ends them") from None
     return dict(word.split("=", 1) for word in words if word != "export")
 
 
@@ -348,7 +328,3 @@ def _without(variable: str) -> Iterator[None]:
         os.environ.pop(variable, None)
         if kept is not None:
             os.environ[variable] = kept
-
-
-if __name__ == "__main__":
-    sys.exit(main())

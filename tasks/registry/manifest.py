@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lolcats_common.errors import UserError
+from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.files import sha256_file, sha256_tree
+from tasks.runner.mlflow_run import first_line, is_missing
 
 logger = logging.getLogger(__name__)
 TAG, MODEL_TAG = "manifest.sha256", "model.sha256"
@@ -44,7 +45,9 @@ def check_stored(client: Any, version: Any, stored: Path) -> None:
     Compiled Python is removed first: it would run in place of the source beside it, and Python makes it anew.
 
     Raises:
-        UserError: a file differs, is missing, is not among those registered, or is a link or no plain file.
+        Unavailable: the store does not say what was registered.
+        UserError: a file differs, is missing, is not among those registered, or is a link or no plain file; or the
+            version's tag is gone although its run keeps a manifest.
     """
     label, expected = f"{version.name} version {version.version}", version.tags.get(TAG)
     try:
@@ -55,15 +58,19 @@ def check_stored(client: Any, version: Any, stored: Path) -> None:
         raise UserError(f"{label} is not used: {error.filename} cannot be read ({error.strerror})") from error
     except UserError as error:
         raise UserError(f"{label} is not used: {error}") from None
-    if found is None:
-        if weights != version.tags.get(MODEL_TAG):
-            raise UserError(f"{label} is not used: the files of its model are not those that were registered")
-        if label not in _warned:
-            _warned.add(label)
-            logger.warning("%s was registered without a manifest: only its model's files were compared", label)
-    elif _digest(_text(found)) != expected:
-        registered = _registered(client, version, expected)
+    if found is not None and _digest(_text(found)) == expected:
+        return
+    kept = _kept(client, version, label)
+    if found is not None:
+        registered = json.loads(kept) if kept is not None and _digest(kept) == expected else None
         raise UserError(f"{label} is not used: {_difference(registered, found)}; restore its files or register again")
+    if kept is not None:
+        raise UserError(f"{label} is not used: its tag {TAG}, which its manifest belongs to, is gone; register again")
+    if weights != version.tags.get(MODEL_TAG):
+        raise UserError(f"{label} is not used: the files of its model are not those that were registered")
+    if label not in _warned:
+        _warned.add(label)
+        logger.warning("%s was registered without a manifest: only its model's files were compared", label)
 
 
 def _text(hashes: dict[str, str]) -> str:
@@ -107,17 +114,27 @@ def _drop_leavings(stored: Path) -> None:
     (stored / META).unlink(missing_ok=True)
 
 
-def _registered(client: Any, version: Any, expected: str) -> dict[str, str] | None:
-    """The manifest that was kept with the version's run; None where it is gone or not the one that the tag names."""
+def _kept(client: Any, version: Any, label: str) -> str | None:
+    """The manifest that lies with the version's run, whatever stands in it; None where the store says there is none.
+
+    Raises:
+        Unavailable: the store does not say.
+    """
     import mlflow.artifacts
 
     place = _place(version.source.rpartition("/")[2])
     try:
-        text = mlflow.artifacts.load_text(f"{client.get_run(version.run_id).info.artifact_uri}/{place}")
-    except Exception:
-        return None
-    hashes: dict[str, str] | None = json.loads(text) if _digest(text) == expected else None
-    return hashes
+        if place not in {item.path for item in client.list_artifacts(version.run_id, "manifests")}:
+            return None
+        at = client.get_run(version.run_id).info.artifact_uri
+        text: str = mlflow.artifacts.load_text(f"{at}/{place}")
+    except Exception as error:
+        if is_missing(error):
+            return None
+        raise Unavailable(
+            f"{label} is not used: the store does not say what was registered: {first_line(error)}"
+        ) from error
+    return text
 
 
 def _difference(registered: dict[str, str] | None, found: dict[str, str]) -> str:

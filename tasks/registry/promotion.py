@@ -148,8 +148,19 @@ def rollback(root: Path, name: str) -> tuple[str, str]:
 
 
 def _move(client: Any, name: str, champion: str, previous: str | None) -> None:
+    """Make `champion` the champion.
+
+    Raises:
+        UserError: a process of another machine, which `alias_lock` does not hold up, made another one it meanwhile.
+    """
     client.set_registered_model_tag(name, MOVE_TAG, json.dumps({CHAMPION: champion, PREVIOUS: previous}))
     _complete_move(client, name)
+    serving = alias_version(client, name, CHAMPION)
+    if serving is None or str(serving.version) != champion:
+        raise UserError(
+            f"{name} version {champion} is not the champion: another machine moved the alias at the same time, to "
+            f"version {serving and serving.version}; `lolcats promote {champion}` tries again"
+        )
 
 
 def _complete_move(client: Any, name: str) -> None:

@@ -23,6 +23,7 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.files import read_json, sha256_tree
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params, read_yaml
+from lolcats_common.project import code_path
 from lolcats_common.records import SIDES, Evaluation, RegisteredRecord
 from tasks.registry import manifest
 from tasks.registry.versions import ARTIFACTS, COMPLETE, number, tagged_versions
@@ -118,9 +119,13 @@ def checked_lock(root: Path) -> dict[str, Any]:
     """
     if not (root / MODEL / "config.json").is_file():
         raise UserError(f"{MODEL} is missing; run `dvc repro` first")
-    stale = dvc_graph.changed(root)
+    stale = dvc_graph.changed(root, anew=True)
     if stale:
-        raise UserError(f"{', '.join(stale)}: outputs are not those of the current inputs; run `dvc repro` first")
+        damaged = sum(len(dvc_graph.drop_damaged(root, stage)) for stage in stale)
+        because = f" ({damaged} damaged objects of DVC's cache were removed)" if damaged else ""
+        raise UserError(
+            f"{', '.join(stale)}: outputs are not those of the current inputs{because}; run `dvc repro` first"
+        )
     return _lock(root)
 
 
@@ -270,12 +275,11 @@ def _code(root: Path, target: Path) -> list[str]:
 
     Taken from the project (a worktree has its own), or where the installed ones lie if the project has none.
     """
-    installed = Path(__file__).parents[2]
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "builtin", "*.safetensors")
     packages = {"lolcats_common": "lolcats_common", "lolcats_core": "lolcats_core", "lolcats_kernels": "kernels"}
     for name, folder in packages.items():
-        base = root if (root / folder).is_dir() else installed
-        shutil.copytree(base / folder, target / name, ignore=ignore)
+        own = root / folder
+        shutil.copytree(own if own.is_dir() else code_path(folder), target / name, ignore=ignore)
     return [str(target / name) for name in packages]
 
 

@@ -24,6 +24,7 @@ from lolcats_common.records import (
     Speed,
     StateBytes,
     control_line,
+    training_of,
 )
 from lolcats_common.tables import interval, measured, number
 
@@ -122,7 +123,7 @@ def _headlines(evaluation: Evaluation) -> Iterable[str]:
         outcome = "better" if student < control["perplexity"] else "worse"
         yield (
             f"A plain window of the student's bytes ({control['window']} tokens and the first {control['sinks']}),"
-            f" untrained, has perplexity {number(control['perplexity'])}: the student is {outcome}."
+            f" {training_of(control)}, has perplexity {number(control['perplexity'])}: the student is {outcome}."
         )
     whole, off = evaluation["audit"].get("whole"), evaluation["audit"].get("linear_off")
     if whole is not None and off is not None:

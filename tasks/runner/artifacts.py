@@ -8,17 +8,10 @@ from pathlib import Path
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_text
 from lolcats_common.linearize_config import LinearizeConfig
-from lolcats_core.data.rows import TokenRows
 from lolcats_core.training.loop import TrainResult
 from tasks.runner.stage import Stage
 
 MAPS = "feature_maps.safetensors"
-
-
-def open_rows(stage: Stage) -> tuple[TokenRows, TokenRows]:
-    """Training and validation rows of stage `prepare`."""
-    data = stage.input("prepare")
-    return TokenRows.open(data / "train"), TokenRows.open(data / "validation")
 
 
 def selected(stage: Stage) -> tuple[LinearizeConfig, Path]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
 
 from lolcats_common.errors import UserError
+from lolcats_common.files import REFUSALS
+
+_OWNER = "the user who runs this needs access there"
+_OPEN_FILES = "raise the limit (`ulimit -n`) or run less at a time"
+DENIED = {
+    **{errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES},
+    **dict.fromkeys(REFUSALS, "free space there and run the same command again"),
+}
 
 
 class Terminated(BaseException):
@@ -23,8 +33,21 @@ def print_error(message: str) -> None:
     print(f"Error: {message}", file=sys.stderr, flush=True)
 
 
+def denial(error: BaseException | None) -> str | None:
+    """What this machine denies to the user who runs the program, in one line; None where that is not what happened."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DENIED:
+            # What a program prints has no name.
+            place = error.filename or ("the output" if error.errno in REFUSALS else None)
+            return str(UserError(f"{f'{place}: ' if place else ''}{os.strerror(error.errno)}; {DENIED[error.errno]}"))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
 def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[str], object] = print_error) -> int:
     """Do `work` and return the program's exit code; any exception but those below is a defect and keeps its traceback.
+
+    What the machine denies (`DENIED`), wherever it does, is no defect: it is said as a user's error is.
 
     Args:
         name: of the program, said where it was ended by a signal.
@@ -32,6 +55,7 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
     """
     try:
         work()
+        sys.stdout.flush()
     except UserError as error:
         on_error(" ".join(str(error).split()))
         return 1
@@ -41,4 +65,10 @@ def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[st
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        denied = denial(error)
+        if denied is None:
+            raise
+        on_error(denied)
+        return 1
     return 0

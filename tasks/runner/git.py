@@ -10,7 +10,7 @@ from pathlib import Path
 from lolcats_common.errors import UserError
 
 # What a run's own commit holds (`tasks.versioning.lock_commits`).
-KEPT = ("dvc.lock", "params.yaml")
+KEPT = ("dvc.lock", "params.yaml", "package.yaml")
 IDENTITY = {"NAME": "lolcats", "EMAIL": "lolcats@localhost"}
 
 

@@ -26,7 +26,7 @@ from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.machine import versions
 from lolcats_common.params import Params
 from lolcats_common.secrets import redacted
-from tasks.runner import moved_store
+from tasks.runner import moved_store, new_store
 from tasks.runner.git import git_state
 from tasks.runner.logs import quiet_libraries
 from tasks.runner.servers import require_answer
@@ -91,13 +91,17 @@ def connect(root: Path) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints a traceback, and raises as well
+    database = _database(uri)
     try:
+        if database:
+            new_store.ensure(database)
         # The registry's database store looks logged models up in the global address, not in its client's.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
-        if database := _database(uri):
+        if database:
             moved_store.follow(database, EXPERIMENT)
     except Exception as error:
         raise Unavailable(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
@@ -204,7 +208,9 @@ class Run:
 
         try:
             found = client.get_run(run_id)
-        except MlflowException:
+        except MlflowException as error:
+            if not is_missing(error):
+                raise
             logger.warning("MLflow run %s is gone; starting a new one", run_id)
             return None
         if found.info.lifecycle_stage != "active":

@@ -1,4 +1,4 @@
-"""What a later stage would refuse, refused before the first expensive one starts."""
+"""What a later stage would refuse, refused before a run and before each expensive stage starts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lolcats_common.params import Params
 from lolcats_core.compute.device import resolve_dtype
 from lolcats_core.data import sources
 from lolcats_core.evaluation import synthetic
-from lolcats_core.evaluation.harness import task_folder
+from lolcats_core.evaluation.task_files import task_folder
 from lolcats_core.model.modeling import empty_student
-from lolcats_core.teacher.pin import examine_teacher
+from lolcats_core.teacher.pin import Teacher, examine_teacher
 from lolcats_core.training.low_rank_finetune import check_target_modules
 from lolcats_core.training.selection import check_budget
 
@@ -34,13 +34,22 @@ def check_run(params: Params, root: Path) -> None:
         check(params, config)
 
 
+def check_pinned(params: Params, root: Path) -> None:
+    """`check` against the teacher that the stage `teacher` pinned.
+
+    Raises:
+        UserError: the pin is missing or damaged, or as `check`.
+    """
+    check(params, Teacher.open(root / "outputs" / "teacher").config)
+
+
 def check(params: Params, teacher: PreTrainedConfig) -> None:
     """Hold the parameters of every stage against the teacher's configuration; loads no weights.
 
     Raises:
         UserError: the maps, the softmax budget or LoRA do not fit the teacher's shape, a row lies in the window, a row
             or a recall string is longer than the teacher's context, segments meet packed documents or checkpointing,
-            or a task does not exist.
+            or a task does not exist or runs what the model writes.
     """
     with torch.device("meta"):
         check_target_modules(empty_student(teacher, params.linearize), params.finetune)

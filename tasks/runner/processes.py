@@ -1,4 +1,4 @@
-"""Process groups that end as one, and processes that end when the one they work for is gone."""
+"""Process groups that end as one, processes that end when the one they work for is gone, and one process a stage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
+
+from lolcats_common.errors import UserError
+from lolcats_common.files import disk_refusals
 
 logger = logging.getLogger(__name__)
 GRACE_SECONDS = 15.0
+LOCK_SECONDS = 10.0
 SUPERVISOR_VARIABLE = "LOLCATS_SUPERVISOR_PID"
 
 
@@ -116,3 +122,21 @@ def supervise(command: Sequence[str]) -> int:
 def exit_with_supervisor() -> None:
     """In a process that `supervise` started: end when the supervisor is gone."""
     exit_when_gone(process_of(SUPERVISOR_VARIABLE))
+
+
+@contextlib.contextmanager
+def alone(name: str, root: Path) -> Iterator[None]:
+    """Hold a stage, after a moment for a process of it that is ending; two would write into one another's outputs.
+
+    Raises:
+        UserError: one still runs.
+    """
+    lock = root / ".scratch" / f"{name}.lock"
+    with disk_refusals(lock):
+        lock.parent.mkdir(exist_ok=True)
+        try:
+            held = FileLock(lock).acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(f"this stage already runs in {root}; wait for its end, or end it") from None
+    with held:
+        yield

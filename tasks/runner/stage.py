@@ -43,7 +43,7 @@ from lolcats_common.params import Params, load_params, read_yaml
 from tasks.runner.exits import Terminated, raise_terminated, run_and_report
 from tasks.runner.logs import quiet_progress_bars, setup_logging
 from tasks.runner.mlflow_run import Run, finite, first_line
-from tasks.runner.processes import exit_when_gone, process_of
+from tasks.runner.processes import alone, exit_when_gone, process_of
 
 if TYPE_CHECKING:
     import torch
@@ -127,8 +127,12 @@ def scratch_key(name: str, root: Path, params: Params) -> str:
     stages = read_yaml(root / "dvc.yaml").get("stages") or {}
     if name not in stages:
         raise UserError(f"dvc.yaml has no stage {name!r}; its stages: {', '.join(stages)}")
-    values = dataclasses.asdict(params)
-    chosen = {key: _lookup(values, key, name) for key in stages[name].get("params") or []}
+    chosen: dict[str, Any] = {}
+    for entry in stages[name].get("params") or []:
+        # A mapping names the values of another file, such as package.yaml outside a checkout.
+        for file, keys in entry.items() if isinstance(entry, dict) else [("", [entry])]:
+            values = read_yaml(root / file) if file else dataclasses.asdict(params)
+            chosen |= {f"{file}:{key}" if file else key: _lookup(values, key, name) for key in keys}
     contents = {dep: _content(root / dep, dep, name) for dep in stages[name].get("deps") or []}
     return sha256_json({"params": chosen, "deps": contents})[:16]
 
@@ -149,13 +153,16 @@ def _content(path: Path, dep: str, stage: str) -> str:
     return sha256_tree(path)
 
 
-def main(name: str, run: Work | None = None, *, parallel: bool = False, tracked: bool = True) -> NoReturn:
+def main(
+    name: str, run: Work | None = None, *, parallel: bool = False, preflight: bool = False, tracked: bool = True
+) -> NoReturn:
     """Run one stage in the current directory and exit: 0, 1 after one line for the user, 143 or 130 when ended.
 
     Args:
         run: by default that of the module ``tasks.<name>``, which is imported once params.yaml was read; so a stage
             calls `main` above its own imports.
         parallel: several processes can do the stage; they do when `compute.processes` says so.
+        preflight: refuse first what this or a later stage would refuse about the pinned teacher.
         tracked: the stage is an MLflow run.
     """
     parser = argparse.ArgumentParser(
@@ -168,7 +175,7 @@ def main(name: str, run: Work | None = None, *, parallel: bool = False, tracked:
         _launch(name, Path.cwd())
     setup_logging(logging.INFO if _rank() == 0 else logging.ERROR)
     signal.signal(signal.SIGTERM, raise_terminated)
-    sys.exit(execute(name, Path.cwd(), run, tracked=tracked))
+    sys.exit(execute(name, Path.cwd(), run, preflight=preflight, tracked=tracked))
 
 
 def _launch(name: str, root: Path) -> None:
@@ -211,7 +218,7 @@ class Untracked:
         pass
 
 
-def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = True) -> int:
+def execute(name: str, root: Path, run: Work | None = None, *, preflight: bool = False, tracked: bool = True) -> int:
     """Run one stage in `root` and return its exit code; a user's error is one line, printed and left for the flow."""
     error_file = root / ".scratch" / name / ERROR
 
@@ -221,9 +228,11 @@ def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = T
                 error_file.unlink(missing_ok=True)
         _watch_ancestors()
         if _rank() == 0:
-            _run_stage(name, root, run, tracked)
+            params = load_params(root / "params.yaml")
+            with alone(name, root):
+                _run_stage(name, root, params, run, preflight, tracked)
         else:
-            _run_worker_rank(name, root, run)
+            _run_worker_rank(name, root, run, preflight)
 
     def on_error(message: str) -> None:
         if _rank() != 0:
@@ -235,20 +244,24 @@ def execute(name: str, root: Path, run: Work | None = None, *, tracked: bool = T
     return run_and_report(work, name, on_error)
 
 
-def _run_worker_rank(name: str, root: Path, run: Work | None) -> None:
+def _run_worker_rank(name: str, root: Path, run: Work | None, preflight: bool) -> None:
     """Run the stage on a rank other than 0: it computes but writes and logs nothing."""
     params = load_params(root / "params.yaml")
     scratch = root / ".scratch" / name / scratch_key(name, root, params)
-    run = run or _imported(name)
-    _seed(params.seed)
+    run = _ready(name, root, run, params, preflight)
     with tempfile.TemporaryDirectory(prefix="lolcats-") as out:
         run(Stage(name, root, params, Path(out), scratch, Untracked()))
         _leave_group()
 
 
-def _imported(name: str) -> Work:
-    """`run` of the stage's module, whose imports take seconds."""
-    work: Work = importlib.import_module(f"tasks.{name}").run
+def _ready(name: str, root: Path, run: Work | None, params: Params, preflight: bool) -> Work:
+    """What is to run, by default that of the stage's module, whose imports take seconds; checked and seeded."""
+    work: Work = run or importlib.import_module(f"tasks.{name}").run
+    if preflight:
+        from tasks.runner.preflight import check_pinned
+
+        check_pinned(params, root)
+    _seed(params.seed)
     return work
 
 
@@ -273,8 +286,7 @@ def _leave_group() -> None:
         distributed.finish()
 
 
-def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
-    params = load_params(root / "params.yaml")
+def _run_stage(name: str, root: Path, params: Params, run: Work | None, preflight: bool, tracked: bool) -> None:
     key = scratch_key(name, root, params)
     scratch = root / ".scratch" / name / key
     try:
@@ -284,8 +296,7 @@ def _run_stage(name: str, root: Path, run: Work | None, tracked: bool) -> None:
         raise
     except OSError as error:
         raise UserError(f"{scratch} cannot be made: {error.strerror}; remove what is in its place") from None
-    run = run or _imported(name)
-    _seed(params.seed)
+    run = _ready(name, root, run, params, preflight)
     state = _read_state(scratch)
     mlflow_run: Run | Untracked = Untracked()
     if tracked:

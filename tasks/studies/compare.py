@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from lolcats_common.files import read_json
+from lolcats_common.files import read_json, read_json_lines
 from lolcats_common.records import Evaluation, Measured
 from lolcats_common.tables import number
 from lolcats_core.evaluation.paired import paired_comparison
@@ -136,7 +135,7 @@ def _scores(path: Path) -> list[float]:
     """The student's score of each item; empty where the log is missing or holds none."""
     if not path.is_file():
         return []
-    values = [json.loads(line).get("finetuned") for line in path.read_text(encoding="utf-8").splitlines()]
+    values = [item.get("finetuned") for item in read_json_lines(path, "run `dvc repro evaluate`")]
     return [] if None in values else values
 
 

@@ -19,6 +19,7 @@ from lolcats_common.files import atomic_file, write_json, write_text
 from lolcats_common.machine import device_tags, versions
 from lolcats_common.params import Params
 from lolcats_common.tables import markdown_table, number
+from lolcats_core.experiments.controls import WINDOW, window_perplexity
 from lolcats_core.experiments.study import EvalSettings
 from lolcats_core.experiments.trials import Trial, cache_budgets, run_trials
 from lolcats_core.training.selection import budget_count
@@ -85,14 +86,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     """A line per budget: what is kept, and each step's perplexity over the teacher's and recall."""
     teacher, steps = report["teacher"], _steps(report)
     gaps = sorted(teacher["recall"], key=int)
-    titles = [f"PPL / teacher, {step}" for step in steps] + [f"recall {gap}, {step}" for step in steps for gap in gaps]
+    titles = [f"PPL / teacher, {step}" for step in steps] + [f"{WINDOW}, {steps[-1]}"]
+    titles += [f"recall {gap}, {step}" for step in steps for gap in gaps]
     recalls = ", ".join(f"{gap}: {teacher['recall'][gap]:.3f}" for gap in gaps)
     head = f"Teacher: {teacher['source']}, perplexity {number(teacher['perplexity'])}, recall {recalls}. "
-    head += f"Softmax kept by {report['criterion'].replace('_', ' ')}."
+    head += f"Softmax kept by {report['criterion'].replace('_', ' ')}. {WINDOW.capitalize()}: in place of the linear "
+    head += "attention, in its bytes, after the same training."
     rows = []
     for point in report["points"]:
         measured = [point[step] for step in steps]
         cells = ["diverged" if m is None else f"{m['perplexity'] / teacher['perplexity']:.4f}" for m in measured]
+        plain = window_perplexity(point, steps[-1])
+        cells += ["-" if plain is None else f"{plain / teacher['perplexity']:.4f}"]
         cells += ["diverged" if m is None else f"{m['recall'][gap]:.3f}" for m in measured for gap in gaps]
         kept = point["selection"]
         chosen = ["-", "-"] if kept is None else [f"{kept['cache_ratio']:.1%}", _kept(kept["linearize"])]

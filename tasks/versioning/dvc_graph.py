@@ -15,6 +15,7 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 import uuid
@@ -31,6 +32,7 @@ from lolcats_common.params import read_yaml
 from lolcats_common.secrets import redacted
 from tasks.runner.processes import GRACE_SECONDS, end_group
 from tasks.runner.stage import ERROR, FLOW_VARIABLE, REPRO_VARIABLE, STATE
+from tasks.versioning import objects, package
 
 logger = logging.getLogger(__name__)
 State = Literal["ran", "restored", "unchanged"]
@@ -97,11 +99,13 @@ def run_dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -
 
 
 def repair(root: Path) -> None:
-    """Remove what a killed DVC left half-written, which writes dvc.lock and its lock file in place; `follow_git`.
+    """Remove what a killed DVC left half-written, which writes dvc.lock and its lock file in place.
 
     Without dvc.lock nothing is lost: DVC finds each stage's result in its run cache by what the stage depends on.
+    `follow_git` and `package.follow` bring what else DVC reads to the present state.
     """
     follow_git(root)
+    package.follow(root)
     lock = root / "dvc.lock"
     if lock.is_file() and not _is_whole(lock):
         logger.warning("dvc.lock was left half-written by a run that was killed; it is made anew")
@@ -161,9 +165,15 @@ def stages(root: Path) -> list[str]:
     return list(graphlib.TopologicalSorter(dependencies(root)).static_order())
 
 
-def changed(root: Path) -> dict[str, list[str]]:
-    """Stages whose outputs are not those of the current inputs, each with what changed."""
-    status = json.loads(run_dvc(root, "status", "--json") or "{}")
+def changed(root: Path, anew: bool = False) -> dict[str, list[str]]:
+    """Stages whose outputs are not those of the current inputs, each with what changed.
+
+    Args:
+        anew: read every byte, where DVC otherwise believes what it wrote itself, or read before, by size and times.
+    """
+    with tempfile.TemporaryDirectory(prefix="lolcats-dvc-") as nothing_read:
+        env = {"DVC_SITE_CACHE_DIR": nothing_read} if anew else None
+        status = json.loads(run_dvc(root, "status", "--json", env=env) or "{}")
     found: dict[str, list[str]] = {}
     for stage, entries in status.items():
         reasons = []
@@ -177,6 +187,13 @@ def changed(root: Path) -> dict[str, list[str]]:
         if reasons:
             found[stage] = reasons
     return found
+
+
+def drop_damaged(root: Path, stage: str) -> list[Path]:
+    """`objects.drop_damaged` for a stage's outputs, as dvc.lock names them."""
+    cache = root / run_dvc(root, "cache", "dir").strip()
+    outs = {root / out["path"]: str(out.get("md5")) for out in (_locked(root, stage) or {}).get("outs") or []}
+    return objects.drop_damaged(cache, outs)
 
 
 def refresh(root: Path, env: Mapping[str, str] | None = None) -> None:
@@ -237,7 +254,11 @@ def repro(
         before, call = _result(root, stage), uuid.uuid4().hex
         code, told = _stream(command, root, {**environment(env), REPRO_VARIABLE: call}, on_line, grace)
         if code == 0:
-            return Reproduced(stage, _state(before, _result(root, stage), call), time.monotonic() - started)
+            state = _state(before, _result(root, stage), call)
+            if state == "restored" and (damaged := drop_damaged(root, stage)):
+                logger.warning("%s runs again: DVC's cache had other bytes than it says: %s", stage, damaged[0])
+                continue
+            return Reproduced(stage, state, time.monotonic() - started)
         if not any(sign in told for sign in _BUSY) or attempt == LOCK_RETRIES - 1:
             break
         logger.info("DVC is busy in another process, waiting (%d of %d)", attempt + 1, LOCK_RETRIES)
@@ -254,8 +275,13 @@ def _result(root: Path, stage: str) -> tuple[dict[str, Any] | None, Any]:
     written: dict[str, Any] | None = None
     with contextlib.suppress(OSError, ValueError):
         written = dict(json.loads((root / "outputs" / stage / STATE).read_text(encoding="utf-8")))
+    return written, _locked(root, stage)
+
+
+def _locked(root: Path, stage: str) -> Any:
+    """The stage's entry in dvc.lock; None where there is none."""
     lock = root / "dvc.lock"
-    return written, (read_yaml(lock).get("stages") or {}).get(stage) if lock.is_file() else None
+    return (read_yaml(lock).get("stages") or {}).get(stage) if lock.is_file() else None
 
 
 def _state(before: tuple[Any, Any], after: tuple[Any, Any], call: str) -> State:

@@ -16,7 +16,7 @@ ATTEMPTS = 5
 
 
 def keep_lock(root: Path, ref: str, message: str = "Results of a run") -> str | None:
-    """Commit HEAD's tree with this dvc.lock and params.yaml and point `ref` at it; the commit's id.
+    """Commit HEAD's tree with the files `KEPT` as they are here and point `ref` at it; the commit's id.
 
     What `ref` pointed at before becomes a second parent. None outside a git checkout with a commit.
     """
@@ -26,7 +26,7 @@ def keep_lock(root: Path, ref: str, message: str = "Results of a run") -> str | 
     with tempfile.TemporaryDirectory(prefix="lolcats-index-") as temporary:
         index = {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
         git(root, "read-tree", head, env=index)
-        for name in KEPT:
+        for name in (name for name in KEPT if (root / name).is_file()):  # a checkout has no package.yaml
             blob = git(root, "hash-object", "-w", "--no-filters", "--", name)
             git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", env=index)
         tree = git(root, "write-tree", env=index)

@@ -24,7 +24,7 @@ from lolcats_common.sources import BUILTIN, check_sources, is_glob, source_path
 from tasks.runner.git import git, git_state, identity
 from tasks.runner.mlflow_run import tracking_uri
 from tasks.runner.stage import RESULTS_VARIABLE
-from tasks.versioning import dvc_graph
+from tasks.versioning import dvc_graph, package
 
 logger = logging.getLogger(__name__)
 # A DVC remote's settings that may be paths.
@@ -107,7 +107,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     """
     laid_over = overrides(preset, values)
     check_sources(overridden(root, read_yaml(root / "params.yaml"), laid_over)[1], root)
-    commit, dirty = git_state(root, besides=("dvc.lock",))
+    commit, dirty = git_state(root, besides=("dvc.lock", "package.yaml"))
     if commit == "unknown":
         raise UserError(f"{root} is no git checkout with a commit: edit params.yaml; {dvc_graph.NEEDS_GIT}")
     if dirty:
@@ -172,18 +172,17 @@ def _from_worktree(root: Path, worktree: Path, path: Path) -> str:
 
 
 def _environment(root: Path, worktree: Path) -> dict[str, str]:
-    """Stages import the worktree's own code: `lolcats_kernels` too, whose folder has another name."""
+    """Stages of a checkout import the worktree's own code: `lolcats_kernels` too, whose folder has another name."""
+    found = {"MLFLOW_TRACKING_URI": tracking_uri(root), RESULTS_VARIABLE: str(root / ".scratch" / "results")}
+    if (worktree / package.PACKAGE).is_file():
+        return found  # no checkout: the installed package is on the path already
     imports = worktree / ".scratch" / "imports"
     imports.mkdir(parents=True, exist_ok=True)
     link = imports / "lolcats_kernels"
     link.unlink(missing_ok=True)  # one of before the project was moved or copied leads elsewhere
     link.symlink_to(worktree / "kernels", target_is_directory=True)
     path = [str(worktree), str(imports), os.environ.get("PYTHONPATH", "")]
-    return {
-        "PYTHONPATH": os.pathsep.join(part for part in path if part),
-        "MLFLOW_TRACKING_URI": tracking_uri(root),
-        RESULTS_VARIABLE: str(root / ".scratch" / "results"),
-    }
+    return {"PYTHONPATH": os.pathsep.join(part for part in path if part), **found}
 
 
 def save(worktree: Worktree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import stat
@@ -15,8 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lolcats_common.errors import DiskRefused
-from lolcats_common.files import atomic_directory, atomic_file, write_json
+from lolcats_common.errors import DiskRefused, UserError
+from lolcats_common.files import (
+    atomic_directory,
+    atomic_file,
+    files_below,
+    read_json_lines,
+    sha256_tree,
+    write_json,
+)
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -109,3 +117,43 @@ def test_another_error_of_a_library_keeps_its_traceback(tmp_path: Path) -> None:
         raise RuntimeError("out of memory")
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a"):
         (tmp_path / "missing").read_text()
+
+
+def test_files_below_are_those_that_rglob_finds_without_hidden_ones_if_asked(tmp_path: Path) -> None:
+    for name in ("a", "b/c", "b/.d/e", ".f", "g/h/i"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "to a file").symlink_to(tmp_path / "a")
+    (tmp_path / "broken").symlink_to(tmp_path / "gone")
+    assert set(files_below(tmp_path)) == {path for path in tmp_path.rglob("*") if path.is_file()}
+    shown = {path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path, hidden=False)}
+    assert shown == {"a", "b/c", "g/h/i", "to a file"}
+
+
+@pytest.mark.parametrize("read", [sha256_tree, lambda folder: list(files_below(folder))])
+def test_a_directory_that_may_not_be_read_is_named_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the administrator, as whom tests may run, may read everything
+    with pytest.raises(UserError, match=r"/closed cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a"', '{"a": 1}\n[]\n', "\n"])
+def test_lines_of_which_one_is_damaged_are_an_error_that_says_what_to_do(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "history.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    assert read_json_lines(file, "") == [{"a": 1}, {"a": 2}]
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"history\.jsonl .*; run it again"):
+        read_json_lines(file, "run it again")

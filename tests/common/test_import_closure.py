@@ -55,6 +55,7 @@ def test_every_form_of_import_is_followed_and_a_name_from_the_facade_to_where_it
 
 def test_an_installed_package_has_its_own_name_as_its_folder(tree: Path) -> None:
     (tree / "kernels").rename(tree / "lolcats_kernels")
+    (tree / "kernels").mkdir()  # site-packages may hold somebody else's package of this name
     assert "lolcats_kernels/operator/fused.py" in reached(tree)
 
 

@@ -71,7 +71,7 @@ class Servers:
 
     def serve(self) -> None:
         """`make serve`: start what does not run."""
-        self._services("start")
+        self._services("serve")
         lines = (self.root / ".prefect" / "services.env").read_text().splitlines()
         self.variables = dict(line.removeprefix("export ").split("=", 1) for line in lines)
 
@@ -86,7 +86,7 @@ class Servers:
         self._services("stop")
 
     def _services(self, action: str) -> None:
-        command = [sys.executable, "-m", "tasks.operations.services", action]
+        command = [sys.executable, "-m", "tasks.cli.main", action]
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -40,7 +40,7 @@ def finished(fake_project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPat
     }
     (outputs / "evaluate" / "evaluation.json").write_text(json.dumps(evaluation))
     set_model(fake_project, "m1")
-    monkeypatch.setattr(dvc_graph, "changed", lambda root: {})
+    monkeypatch.setattr(dvc_graph, "changed", lambda root, anew=False: {})
     monkeypatch.setattr(dvc_graph, "push_if_remote", lambda root: False)
     return fake_project
 

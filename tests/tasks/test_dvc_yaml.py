@@ -64,10 +64,11 @@ def test_every_parameter_that_a_stage_lists_is_read_so_that_it_would_be_missed(
             assert undeclared(read, set(STAGES[name]["params"]) - {entry}), (name, entry)
 
 
-def test_the_learning_rate_of_finetuning_concerns_finetune_and_the_report_and_the_device_nobody() -> None:
+def test_the_learning_rate_of_finetuning_concerns_no_stage_before_it_and_the_device_nobody() -> None:
     keys = {name: stage["params"] for name, stage in STAGES.items()}
     assert [name for name, params in keys.items() if "finetune" in params or "finetune.lr" in params] == [
         "finetune",
+        "evaluate",  # whose control may take the same training
         "report",
     ]
     assert not any("compute" in params or "compute.device" in params for params in keys.values())

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from lolcats_common.errors import UserError
 from lolcats_common.files import write_json
-from lolcats_common.params import ComputeParams, EvaluateParams, Params, TeacherParams
-from lolcats_core import LinearizeConfig, linearize, load_feature_maps, save_feature_maps
+from lolcats_common.params import ComputeParams, EvaluateParams, FinetuneParams, Params, TeacherParams
+from lolcats_core import LinearizeConfig, linearize, load_feature_maps, low_rank_finetune, save_feature_maps
 from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.evaluation.control import control_settings
 from lolcats_core.evaluation.recall import copy_recall
@@ -144,7 +144,7 @@ def test_the_stage_writes_the_numbers_of_the_table(outputs: Path, tmp_path: Path
     assert (copying["chance"], task["chance"]) == (0.0, 0.25)
     assert task["recovery"]["value"] == pytest.approx(task["finetuned"]["value"] / task["teacher"]["value"])
     assert [len(result["positions"][step]["ranges"]) for step in ("teacher", "finetuned")] == [5, 5]
-    assert result["positions"]["teacher"]["length"] == 4 * LENGTH
+    assert result["positions"]["teacher"]["length"] == 4 * LENGTH  # the teacher's context
     control = result["control"]
     settings = control_settings(teacher.config, PARAMS.linearize, torch.float32, 4 * LENGTH)
     assert settings is not None
@@ -209,6 +209,20 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_and_measures_nothing_twice
     assert written == sorted(path.relative_to(resumed.out) for path in resumed.out.rglob("*") if path.is_file())
     same = [file for file in written if file.name != "speed.json"]
     assert all((whole.out / file).read_bytes() == (resumed.out / file).read_bytes() for file in same)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff"])
+def test_what_a_cut_short_run_left_damaged_is_measured_again(outputs: Path, tmp_path: Path, damage: bytes) -> None:
+    params = replace(PARAMS, evaluate=replace(PARAMS.evaluate, tasks=("copy",), audit_rows=0, long_rows=0))
+    whole, again = FakeStage(outputs, tmp_path / "whole", params), FakeStage(outputs, tmp_path / "again", params)
+    evaluate.run(whole)  # type: ignore[arg-type]
+    evaluate.run(again)  # type: ignore[arg-type]
+    kept = [path for folder in (again.scratch, again.results) for path in folder.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in kept} >= {"measured", "answers", "results"}
+    for file in kept:
+        file.write_bytes(damage)
+    evaluate.run(again)  # type: ignore[arg-type]
+    assert (whole.out / "evaluation.json").read_bytes() == (again.out / "evaluation.json").read_bytes()
 
 
 def test_a_finished_evaluation_loads_no_model(outputs: Path, tmp_path: Path, loaded: list[str]) -> None:
@@ -295,3 +309,25 @@ def test_another_run_measures_only_what_its_model_or_settings_change(
     second.results = first.results
     evaluate.run(second)  # type: ignore[arg-type]
     assert calls == ["copy_recall"] * 3  # of teacher, control and student at the new gap
+
+
+def test_a_trained_control_is_the_plain_window_after_the_students_own_stage_2(outputs: Path, tmp_path: Path) -> None:
+    few = {"max_perplexity_rows": 3, "recall_gaps": (16,), "tasks": (), "generation_prompts": 0, "audit_rows": 0}
+    training = FinetuneParams(max_steps=2, batch_size=2, max_eval_rows=2, lora_rank=2)
+    params = replace(
+        PARAMS, finetune=training, evaluate=replace(PARAMS.evaluate, **few, long_rows=0, control="trained")
+    )
+    stage = FakeStage(outputs, tmp_path, params)
+    evaluate.run(stage)  # type: ignore[arg-type]
+    control = json.loads((stage.out / "evaluation.json").read_text())["control"]
+    assert control["trained"]
+    teacher = AutoModelForCausalLM.from_pretrained(outputs / "teacher" / "model").eval()
+    settings = control_settings(teacher.config, PARAMS.linearize, torch.float32, 4 * LENGTH)
+    assert settings is not None
+    rows = [TokenRows.open(outputs / "prepare" / name) for name in ("train", "validation")]
+    plain = linearize(teacher, settings)
+    before = perplexity(plain, rows[1], batch_size=4, max_rows=3).perplexity
+    adapted, _ = low_rank_finetune(plain, *rows, training, scratch=tmp_path / "own", seed=PARAMS.seed)
+    after = perplexity(adapted, rows[1], batch_size=4, max_rows=3).perplexity
+    assert control["perplexity"] == pytest.approx(after, rel=1e-6)
+    assert control["perplexity"] != pytest.approx(before, rel=1e-6)

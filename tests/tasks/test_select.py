@@ -53,6 +53,13 @@ def after(stage: Any) -> Any:
     return selected(stage)
 
 
+@pytest.mark.parametrize("damaged", ['{"0": {"error": [1.0', "[]", ""])
+def test_errors_that_are_damaged_are_one_line(stage: Any, damaged: str) -> None:
+    (stage.root / "transfer" / "errors.json").write_text(damaged)
+    with pytest.raises(UserError, match=r"errors\.json .*; run `dvc repro transfer`"):
+        select.run(stage)
+
+
 def test_without_a_budget_the_maps_and_settings_are_those_of_stage_1(stage: Any) -> None:
     assert select.run(stage) == {"cache_ratio": 0.0, "kept": 0.0}
     settings, maps = after(stage)

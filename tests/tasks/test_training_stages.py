@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from lolcats_core.data.rows import TokenRows, TokenRowsWriter
 from lolcats_core.model.modeling import named_map_parameters
 from lolcats_core.teacher.pin import Teacher, resolve_teacher, write_pin
 from tasks.runner import preflight
+from tasks.runner import stage as harness
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +101,22 @@ def test_a_row_within_the_window_is_refused_before_anything_is_trained() -> None
     wide = params_from_dict(apply_overrides(values, {"linearize.window_size": 16}))
     with pytest.raises(UserError, match=r"`data\.sequence_length` must be above 32 tokens, .* 16 sees .*, got 32"):
         preflight.check(wide, teacher)
+
+
+@pytest.mark.parametrize("name", ["prepare", "transfer", "select", "finetune", "evaluate"])
+def test_what_a_later_stage_would_refuse_is_refused_before_each_stage_that_takes_long(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(project, **{"finetune.target_modules": ["nothing"]})
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", [name])
+    for harness_part in ("setup_logging", "scratch_key"):  # the outputs of the stages before it are not made
+        monkeypatch.setattr(harness, harness_part, lambda *arguments: "key")
+    monkeypatch.setattr(harness.signal, "signal", lambda *arguments: None)
+    monkeypatch.setattr(harness.Run, "start", lambda *arguments, **options: pytest.fail("the stage began"))
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(ROOT / "tasks" / f"{name}.py"), run_name="__main__")
+    assert f"{name}: `finetune.target_modules`: the model has no 'nothing'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

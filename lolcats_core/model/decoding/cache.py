@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,27 @@ class SlidingLayer(StaticKVMixin, DynamicSlidingWindowLayer):
 KeptLayer = GrowingLayer | SlidingLayer
 
 
-class BoundedLayer(SlidingLayer):
+class BatchMixin:
+    """For a cache layer that holds tensors besides keys and values: they follow every change of the batch."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map(lambda tensor: tensor[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the layer's own tensors, which have the batch as first dimension, by `function` of them."""
+        raise NotImplementedError
+
+
+class BoundedLayer(BatchMixin, SlidingLayer):
     """Keys and values of softmax attention that sees a window and the sequence's first tokens.
 
     `sinks` are the first tokens, or None before any or where the model has none; the attention function keeps them.
@@ -44,19 +64,7 @@ class BoundedLayer(SlidingLayer):
         super().reset()
         self.sinks = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map(lambda tensor: tensor[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def _map(self, function: Any) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.sinks is not None:
             self.sinks = self.sinks.map(function)
 
@@ -122,7 +130,7 @@ class DividedLayer(CacheLayerMixin):
         raise UserError(_NO_CROP)
 
 
-class HybridLayer(DividedLayer):
+class HybridLayer(BatchMixin, DividedLayer):
     """Cache of one linearized layer: besides, the `state` of its linearized kv groups, None before the first token.
 
     The attention function reads and replaces the state.
@@ -136,19 +144,7 @@ class HybridLayer(DividedLayer):
         super().reset()
         self.state = None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map(lambda tensor: tensor[indices])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
-
-    def _map(self, function: Any) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
             self.state = self.state.map(function)
 

@@ -9,8 +9,7 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, presets
 from lolcats_core.estimation.cost import GPUS, HOST_SECONDS, WEIGHT_RATE, parse_gpus, parse_tokens, plan
-from lolcats_core.estimation.memory import GIB, streamed_memory, train_memory, transfer_mode
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.estimation.memory import GIB, KNOWN_MODELS, ModelShape, streamed_memory, train_memory, transfer_mode
 from lolcats_core.model.families import FAMILIES
 from tests.core.estimation.test_doctor import preset
 from tests.core.tiny import tiny_teacher

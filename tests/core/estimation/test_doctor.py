@@ -10,8 +10,7 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params, apply_overrides, params_from_dict, presets, read_preset, read_yaml
 from lolcats_core.estimation.doctor import doctor, duration, flops_per_token, model_shape, planned_tokens
-from lolcats_core.estimation.memory import GIB, evaluated_by_layers, train_memory
-from lolcats_core.estimation.shapes import KNOWN_MODELS, ModelShape
+from lolcats_core.estimation.memory import GIB, KNOWN_MODELS, ModelShape, evaluated_by_layers, train_memory
 from tests.core.tiny import tiny_teacher
 
 ROOT = Path(__file__).parents[3]

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lolcats_common.errors import UserError
 from lolcats_core.evaluation.code_continuation import Item, write_task
-from lolcats_core.evaluation.harness import run_lm_eval
+from lolcats_core.evaluation.harness import run_lm_eval, task_hash
+from lolcats_core.evaluation.task_files import task_folder
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 TEXT = "".join(f"Line {n} of the text says that {n * n} is the square of {n}.\n" for n in range(60))
@@ -134,3 +135,50 @@ def test_data_out_of_reach_is_one_clear_error(
     with pytest.raises(UserError, match=r"the data of piqa cannot be loaded .*connect to the network") as error:
         run_lm_eval(model, tokenizer, ["piqa"])
     assert "\n" not in str(error.value)
+
+
+HOSTILE = """
+task: hostile
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{context}}}}"
+doc_to_target: "{{{{target}}}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("unsafe_code: true\n", "hostile runs the code that the model writes"),
+        ("include: base.yaml\n", "hostile runs the code that the model writes"),
+        (
+            "metric_list: [{metric: nobody/has_read_this}]\n",
+            "nobody/has_read_this is code from the Hugging Face hub",
+        ),
+        ("process_results: !function code.score\n", "the metric code_eval is code from the Hugging Face hub"),
+    ],
+)
+def test_a_task_that_would_run_code_of_the_model_or_of_the_hub_is_refused(
+    tmp_path: Path, more: str, message: str
+) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text(json.dumps({"context": "a", "target": "b"}) + "\n")
+    (tmp_path / "base.yaml").write_text("include: hostile.yaml\nunsafe_code: true\n")
+    (tmp_path / "code.py").write_text("import evaluate\nevaluate.load('code_eval')\ndef score(*a): ...\n")
+    (tmp_path / "hostile.yaml").write_text(HOSTILE.format(items=items) + more)
+    with pytest.raises(UserError, match=message):
+        task_hash("hostile", task_dirs=[tmp_path])
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_shipped_tasks_that_run_the_model_s_answers_are_refused_before_anything_is_loaded(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} runs the code that the model writes"):
+        task_folder(name, ())
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil.yaml", "../evil", "!function os.system", "hostile.yaml"])
+def test_a_task_is_named_and_not_a_file(name: str) -> None:
+    with pytest.raises(UserError, match="which lm-eval does not know"):
+        task_folder(name, ())

@@ -23,7 +23,7 @@ def report(**changed: float) -> dict[str, Any]:
     for trial in trials(Params(), budget, [("q_proj", "v_proj")]):
         section, _, label = trial.name.partition("/")
         result = measured.get(label.replace("kv_head", "query_head"), {"before": 50.0, "after": 4321.0})
-        found.append({"section": section, "label": label, "recall": 0.25, **result})
+        found.append({"section": section, "label": label, "recall": 0.25, "control": 7.0, **result})
     return {
         "teacher": {"source": "builtin", "parameters": 5_600_000, "perplexity": 9.5, "recall": 1.0},
         "budget": {**dataclasses.asdict(budget), "sequence_length": 512, "transfer_lr": 1e-2, "finetune_lr": 1e-3},

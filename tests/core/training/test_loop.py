@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,19 @@ def params(**changes: Any) -> TransferParams:
 
 
 def transfer(
-    scratch: Path, die_at: int | None = None, seed: int = 0, **changes: Any
+    scratch: Path,
+    die_at: int | None = None,
+    seed: int = 0,
+    logged: list[dict[str, float]] | None = None,
+    **changes: Any,
 ) -> tuple[dict[str, torch.Tensor], Any]:
     student = linearize(tiny_teacher(), SETTINGS)
 
     def log(metrics: dict[str, float], step: int) -> None:
         if step == die_at and "train_loss" in metrics:
             raise Killed
+        if logged is not None:
+            logged.append({"step": step, **metrics})
 
     rows, validation = FakeRows(24), FakeRows(8, seed=1)
     result = attention_transfer(student, rows, validation, params(**changes), scratch=scratch, seed=seed, log=log)
@@ -68,9 +75,12 @@ def test_a_killed_run_ends_bitwise_where_an_undisturbed_one_does(tmp_path: Path,
     expected, undisturbed = transfer(tmp_path / "a")
     with pytest.raises(Killed):
         transfer(tmp_path / "b", die_at=die_at)
-    actual, resumed = transfer(tmp_path / "b")
+    logged: list[dict[str, float]] = []
+    actual, resumed = transfer(tmp_path / "b", logged=logged)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert timeless(resumed.history) == timeless(undisturbed.history)
+    # The whole curve: of what the killed run logged, nobody knows what arrived.
+    assert timeless(logged) == timeless(undisturbed.history)
     assert (resumed.best_loss, resumed.best_step, resumed.tokens) == (
         undisturbed.best_loss,
         undisturbed.best_step,
@@ -331,7 +341,16 @@ def test_cosine_warms_up_linearly_and_ends_at_the_floor() -> None:
     assert scales == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1])
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "other"])
+def with_one_bit_flipped(path: Path) -> bytes:
+    """The bytes of a checkpoint, one bit in the middle of its largest tensor another."""
+    with zipfile.ZipFile(path) as parts:
+        largest = parts.read(max(parts.infolist(), key=lambda part: part.file_size))
+    flipped = bytearray(path.read_bytes())
+    flipped[flipped.index(largest) + len(largest) // 2] ^= 1
+    return bytes(flipped)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "flipped", "other"])
 def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises(Killed):
         transfer(tmp_path, die_at=6)
@@ -341,7 +360,13 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path: Path, damage: str) -
         with pytest.raises(UserError, match="of another run; delete it"):
             transfer(tmp_path, lr=0.5)
         return
-    path.write_bytes({"cut": whole[: len(whole) // 2], "garbage": b"\0" * 99, "empty": b""}[damage])
+    damages = {
+        "cut": whole[: len(whole) // 2],
+        "garbage": b"\0" * 99,
+        "empty": b"",
+        "flipped": with_one_bit_flipped(path),
+    }
+    path.write_bytes(damages[damage])
     with pytest.raises(UserError, match=r"checkpoint\.pt: the checkpoint is damaged"):
         transfer(tmp_path)
 

@@ -24,6 +24,7 @@ from lolcats_core.streaming.layerwise import LayerwiseModel
 from lolcats_core.training.attention_transfer import attention_transfer, head_errors
 from lolcats_core.training.streamed_transfer import streamed_attention_transfer
 from tests.core.tiny import MIXED, SETTINGS, FakeRows, tiny_teacher
+from tests.core.training.test_loop import with_one_bit_flipped
 
 CPU = torch.device("cpu")
 # No clipping, no plateau and the last step as the best: what the two modes decide alike.
@@ -205,9 +206,26 @@ def test_killed_in_the_training_of_any_layer_it_ends_in_the_same_bytes(
 
     with pytest.raises(Killed):
         streamed(teacher_folder, tmp_path / "killed", log=log)
-    actual, result, _ = streamed(teacher_folder, tmp_path / "killed")
+    logged: set[tuple[str, int]] = set()
+    actual, result, _ = streamed(
+        teacher_folder, tmp_path / "killed", log=lambda metrics, at: logged.update((name, at) for name in metrics)
+    )
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    # The whole curve of every layer: of what the killed run logged, nobody knows what arrived.
+    assert logged == {(name, int(e["step"])) for e in result.history for name in e if "layer_" in name}
     assert [e.get("train_loss") for e in result.history] == [e.get("train_loss") for e in undisturbed.history]
+
+
+def test_a_finished_layer_of_which_a_bit_was_flipped_is_named_and_not_used(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
+    streamed(teacher_folder, tmp_path)
+    layer = tmp_path / "layer_001.pt"
+    layer.write_bytes(with_one_bit_flipped(layer))
+    with pytest.raises(
+        UserError, match=r"layer_001\.pt: the checkpoint is damaged .*; delete .* to start stage 1 again"
+    ):
+        streamed(teacher_folder, tmp_path)
 
 
 def test_the_buffer_is_one_block_larger_than_the_rows_and_bf16_keeps_bf16(teacher_folder: Path, tmp_path: Path) -> None:

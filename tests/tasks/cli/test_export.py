@@ -70,7 +70,7 @@ def finished(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "evaluate": {"deps": [{"path": "outputs/finetune/model", "md5": "m1"}], "outs": []},
     }
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
-    monkeypatch.setattr(dvc_graph, "changed", lambda root: {})
+    monkeypatch.setattr(dvc_graph, "changed", lambda root, anew=False: {})
     monkeypatch.setattr(dvc_graph, "push_if_remote", lambda root: False)
     return root
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(finished: Path, monkeypa
     with pytest.raises(UserError, match="no such directory or registered version"):
         export(finished, "champion")
     with monkeypatch.context() as patch:
-        patch.setattr(dvc_graph, "changed", lambda root: {"finetune": ["changed deps"]})
+        patch.setattr(dvc_graph, "changed", lambda root, anew=False: {"finetune": ["changed deps"]})
         with pytest.raises(UserError, match="finetune: outputs are not those"):
             export(finished, None)
     adapter = finished / "outputs/finetune/adapter/adapter_model.safetensors"

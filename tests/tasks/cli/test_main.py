@@ -138,14 +138,24 @@ def test_outside_a_project_every_command_says_so(tmp_path: Path, monkeypatch: py
         ["run"],
         ["status"],
         ["register"],
-        ["doctor"],
+        ["serve"],
         ["generate", "x"],
+        ["generate", "x", "--model", "candidate"],
         ["chat"],
         ["export"],
         ["promote"],
         ["gc"],
     ):
         assert "is not in a project" in refused(*command)
+
+
+def test_what_a_run_needs_is_said_outside_a_project_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["plan", "--preset", "llama3_1_8b"], ["doctor"]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert "transfer" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_generating_without_a_model_says_what_to_do(here: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
-from lolcats_common.errors import UserError
+from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import load_params
 from tasks.cli.export import export
 from tasks.cli.model import _model_path
@@ -29,6 +30,11 @@ def measure_drift(root: Path) -> Any:
     params = root / "params.yaml"
     params.write_text(params.read_text().replace("drift_source: null", "drift_source: ./text.txt"))
     return drift.measure(root, load_params(params))
+
+
+def kept_manifest(root: Path) -> Path:
+    (kept,) = (root / "mlartifacts").rglob("manifests/*.json")
+    return kept
 
 
 # Every way in which a stored version is used; version 1 is the champion until 2 is promoted to roll back from.
@@ -112,7 +118,7 @@ def test_a_version_is_checked_without_the_manifest_that_names_its_files(
     finished: Path, damage: Callable[[Path], None]
 ) -> None:
     serve(finished, "m1")
-    (kept,) = (finished / "mlartifacts").rglob("manifests/*.json")
+    kept = kept_manifest(finished)
     assert "serving_model.py" in json.loads(kept.read_text())
     damage(kept)
     version_files(finished, NAME, "1")
@@ -128,6 +134,7 @@ def test_a_version_that_was_registered_before_manifests_loads_with_one_warning(
     serve(finished, "m1")
     path = stored(finished, "1")
     connect(finished).delete_model_version_tag(NAME, "1", manifest.TAG)
+    kept_manifest(finished).unlink()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert version_files(finished, NAME, "1")[1] == path / "artifacts"
@@ -161,3 +168,36 @@ def test_a_store_on_another_machine_is_checked_in_a_copy(finished: Path, monkeyp
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"serving_model\.py is not the file"):
         version_files(finished, NAME, "1")
+
+
+@pytest.mark.parametrize("question", ["list_artifacts", "get_run"])
+@pytest.mark.parametrize("tagged", [True, False])
+def test_a_store_that_does_not_answer_does_not_say_that_there_is_no_manifest(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, question: str, tagged: bool
+) -> None:
+    serve(finished, "m1")
+    client = connect(finished)
+    if tagged:
+        append(stored(finished, "1") / "serving_model.py")
+    else:
+        client.delete_model_version_tag(NAME, "1", manifest.TAG)
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: Any, **options: Any) -> None:
+            raise MlflowException("HTTP 503: try again later")
+
+        patch.setattr(type(client), question, fail)
+        with pytest.raises(Unavailable, match=r"version 1 is not used: the store does not say what was reg.*503"):
+            version_files(finished, NAME, "1")
+    # Once it answers, the version is refused for good.
+    with pytest.raises(UserError, match=r"version 1 is not used: (serving_model|its tag manifest\.sha256)"):
+        version_files(finished, NAME, "1")
+
+
+def test_a_version_whose_tag_was_taken_away_is_no_version_from_before_manifests(finished: Path) -> None:
+    serve(finished, "m1")
+    append(stored(finished, "1") / "serving_model.py")
+    connect(finished).delete_model_version_tag(NAME, "1", manifest.TAG)
+    for use in (lambda: run_gates(finished, NAME, UNPROBED, "1"), lambda: promote(finished, NAME, "1")):
+        with pytest.raises(UserError, match=r"its tag manifest\.sha256, which its manifest belongs to, is gone"):
+            use()

@@ -172,6 +172,27 @@ def test_a_rollback_that_was_cut_short_is_completed_by_whoever_comes_next(
     assert aliases(finished) == {CHAMPION: "2", PREVIOUS: "1"}
 
 
+def test_who_is_overtaken_by_another_machine_does_not_say_that_its_version_serves(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for md5 in ("m1", "m2", "m3"):
+        run_gates(finished, NAME, UNPROBED, add(finished, md5))
+    real = MlflowClient.set_registered_model_tag
+
+    def overtaken(client: MlflowClient, name: str, key: str, value: str) -> None:
+        real(client, name, key, value)
+        real(client, name, key, json.dumps({CHAMPION: "3", PREVIOUS: None}))  # the other machine's
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_tag", overtaken)
+        with pytest.raises(UserError, match=r"version 2 is not the champion: another machine .* to version 3"):
+            promote(finished, NAME, "2")
+    assert aliases(finished)[CHAMPION] == "3"
+    promote(finished, NAME, "2")
+    assert aliases(finished)[CHAMPION] == "2"
+    assert aliases(finished)[PREVIOUS] == "3"
+
+
 def test_two_writers_of_one_model_make_one_version(finished: Path) -> None:
     set_model(finished, "m1")
     params = load_params(finished / "params.yaml")

@@ -119,7 +119,7 @@ def test_a_store_that_fails_while_the_model_is_logged_leaves_no_version(
 
 
 def test_stale_or_missing_outputs_are_not_registered(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dvc_graph, "changed", lambda root: {"evaluate": ["changed deps"]})
+    monkeypatch.setattr(dvc_graph, "changed", lambda root, anew=False: {"evaluate": ["changed deps"]})
     with pytest.raises(UserError, match="evaluate: outputs are not those"):
         register(finished)
     (finished / "outputs" / "finetune" / "model").unlink()

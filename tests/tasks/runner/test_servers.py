@@ -48,7 +48,7 @@ def test_a_command_says_at_once_that_mlflow_is_down_and_what_to_do(
     monkeypatch.chdir(fake_project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
     monkeypatch.delenv(mlflow_run.RETRIES, raising=False)
-    monkeypatch.setattr("tasks.versioning.dvc_graph.changed", lambda root: {})
+    monkeypatch.setattr("tasks.versioning.dvc_graph.changed", lambda root, anew=False: {})
     import mlflow  # noqa: F401  (what it takes to import is not waited for a server)
 
     started = time.monotonic()

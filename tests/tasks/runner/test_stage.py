@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import signal
+import sqlite3
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import load_params
+from tasks.runner import processes
 from tasks.runner.exits import Terminated
 from tasks.runner.mlflow_run import connect
 from tasks.runner.stage import STATE, Stage, execute, scratch_key
@@ -48,10 +55,16 @@ def test_outputs_metrics_and_run_appear_together_and_the_scratch_goes(fake_proje
     assert not (fake_project / ".scratch" / "teacher").exists()
 
 
+def interrupted(stage: Stage) -> Mapping[str, float]:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("error", "code", "status"),
     [
         (UserError("`x` must be 1,\n got 2"), 1, "FAILED"),
+        (PermissionError(errno.EACCES, "Permission denied", "rows.bin"), 1, "FAILED"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "FAILED"),
         (Terminated(), 143, "KILLED"),
         (KeyboardInterrupt(), 130, "KILLED"),
     ],
@@ -86,6 +99,24 @@ def test_a_defect_keeps_its_traceback_and_fails_the_run(fake_project: Path) -> N
     assert [run.info.status for run in runs(fake_project)] == ["FAILED"]
 
 
+def test_a_second_process_of_a_stage_says_that_one_runs_and_touches_nothing(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "LOCK_SECONDS", 0.1)
+
+    def meanwhile(stage: Stage) -> Mapping[str, float]:
+        (stage.out / "result.txt").write_text("first")
+        with ThreadPoolExecutor(1) as other:  # a lock of its own, as another process has
+            assert other.submit(execute, "teacher", fake_project, succeed).result() == 1
+        return {}
+
+    assert execute("teacher", fake_project, meanwhile) == 0
+    assert "teacher: this stage already runs" in capsys.readouterr().err
+    assert (fake_project / "outputs" / "teacher" / "result.txt").read_text() == "first"
+    assert execute("teacher", fake_project, succeed) == 0
+    assert [run.info.status for run in runs(fake_project)] == ["FINISHED", "FINISHED"]
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"run_id": 1}', b"\xff\xfe", b'{"run_id": "gone", "seconds": 1}']
 )
@@ -93,6 +124,22 @@ def test_damaged_resume_state_is_replaced(fake_project: Path, content: bytes) ->
     directory = scratch(fake_project, "teacher")
     directory.mkdir(parents=True)
     (directory / STATE).write_bytes(content)
+    assert execute("teacher", fake_project, succeed) == 0
+    assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
+
+
+def test_a_run_is_not_begun_anew_because_the_store_does_not_answer(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute("teacher", fake_project, interrupted) == 130
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: object) -> None:
+            raise MlflowException("HTTP 503: try again later")
+
+        patch.setattr(MlflowClient, "get_run", fail)
+        assert execute("teacher", fake_project, succeed) == 1
+        assert "cannot be written: HTTP 503" in capsys.readouterr().err
     assert execute("teacher", fake_project, succeed) == 0
     assert [run.info.status for run in runs(fake_project)] == ["FINISHED"]
 
@@ -143,6 +190,13 @@ def test_a_damaged_store_is_told_in_one_line(fake_project: Path, capsys: pytest.
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
     assert execute("teacher", fake_project, succeed) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_store_that_takes_no_run_is_told_in_one_line(fake_project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(fake_project / "mlflow.db")) as database:
+        database.execute("CREATE TRIGGER full BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'it takes none'); END")
+    assert execute("teacher", fake_project, succeed) == 1
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

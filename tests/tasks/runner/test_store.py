@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from lolcats_common.errors import Unavailable
+from tasks.runner import new_store
 from tasks.runner.mlflow_run import connect, experiment_id
 from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
 
@@ -51,3 +53,15 @@ def test_a_damaged_store_is_one_line(fake_project: Path) -> None:
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(Unavailable, match=r"mlflow\.db cannot be read"):
         read_overview(fake_project)
+
+
+def test_a_store_that_cannot_be_opened_is_said_to_be_so_at_once(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*arguments: object, **options: object) -> None:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s"))  # as MLflow would
+    monkeypatch.setattr(new_store.sqlite3, "connect", closed)  # the administrator, as whom tests may run, opens all
+    with pytest.raises(Unavailable, match=r"mlflow\.db cannot be used: unable to open database file"):
+        connect(fake_project)

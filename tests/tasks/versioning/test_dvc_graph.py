@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lolcats_common.errors import UserError
+from tasks.registry import register
 from tasks.versioning import dvc_graph, worktrees
 from tasks.versioning.garbage import collect
 from tests.conftest import fake_dvc, hold, run_git, shell_stage
@@ -130,3 +133,54 @@ def test_a_half_written_dvc_lock_costs_nothing(shell_project: Path, content: str
     states = [dvc_graph.repro(name, shell_project, on_line=lambda line: None).state for name in ("first", "last")]
     assert states == ["restored", "restored"]
     assert (shell_project / "dvc.lock").read_text() == whole
+
+
+def flip(path: Path) -> None:
+    """One bit of a file becomes another; size, times and mode stay."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(before.st_mode)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["a file", "the list of files"])
+def test_what_a_damaged_cache_holds_is_no_result_and_the_stage_runs_again(
+    shell_project: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    dvc_graph.repro("first", shell_project, on_line=lambda line: None)
+    shutil.rmtree(shell_project / "outputs")
+    (listing,) = (shell_project / ".dvc" / "cache" / "files" / "md5").glob("*/*.dir")
+    object_of_x = hashlib.md5(b"a").hexdigest()
+    flip(listing if what == "the list of files" else listing.parents[1] / object_of_x[:2] / object_of_x[2:])
+    assert dvc_graph.repro("first", shell_project, on_line=lambda line: None).state == "ran"
+    assert (shell_project / "outputs" / "first" / "x").read_text() == "a"
+    shutil.rmtree(shell_project / "outputs")
+    assert dvc_graph.repro("first", shell_project, on_line=lambda line: None).state == "restored"
+    assert (shell_project / "outputs" / "first" / "x").read_text() == "a"
+
+
+@pytest.mark.slow
+def test_what_was_pulled_from_a_tampered_remote_is_seen_before_it_is_registered(shell_project: Path) -> None:
+    remote = shell_project.parent / "remote"
+    dvc_graph.run_dvc(shell_project, "remote", "add", "--default", "away", str(remote))
+    for name in ("first", "last"):
+        dvc_graph.repro(name, shell_project, on_line=lambda line: None)
+    assert dvc_graph.push_if_remote(shell_project)
+    object_of_x = hashlib.md5(b"a").hexdigest()
+    flip(remote / "files" / "md5" / object_of_x[:2] / object_of_x[2:])
+    shutil.rmtree(shell_project / "outputs")
+    shutil.rmtree(shell_project / ".dvc" / "cache")
+    dvc_graph.run_dvc(shell_project, "pull")
+    assert (shell_project / "outputs" / "last" / "x").read_text() != "a"
+    model = shell_project / register.MODEL / "config.json"
+    model.parent.mkdir(parents=True)
+    model.write_text("{}")
+    with pytest.raises(UserError, match=r"outputs are not those .* damaged objects of DVC's cache were removed"):
+        register.checked_lock(shell_project)
+    for name in ("first", "last"):
+        dvc_graph.repro(name, shell_project, on_line=lambda line: None)
+    assert (shell_project / "outputs" / "last" / "x").read_text() == "a"
+    assert dvc_graph.changed(shell_project, anew=True) == {}
