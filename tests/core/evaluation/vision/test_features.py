@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lolcats_core as lc
-from lolcats_core.evaluation.image_features import (
+from lolcats_core.evaluation.vision.features import (
     ImageFeatures,
     feature_cosines,
     image_features,
