@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers test-suite test-vllm lint format wheel status serve stop clean distclean
+.PHONY: help setup demo test test-transformers test-suite test-vllm lint format reference docs wheel status serve stop clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,13 @@ lint: $(VENV)/.installed ## ruff and mypy only
 format: $(VENV)/.installed ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(VENV)/.installed ## write docs/reference/ from the code
+	$(BIN)/python docs/reference.py
+
+docs: $(VENV)/.installed ## the documentation site into site/; a broken link is an error
+	$(BIN)/python -m pip install -qq --no-compile -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 wheel: $(VENV)/.installed ## the distribution into dist/, checked
 	@rm -rf dist build

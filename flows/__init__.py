@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from lolcats_common.project import find_root
-from lolcats_common.secrets import keep_secrets
+from lolcats_common.secrets import keep_secrets, redacted
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def project_root() -> Path:
@@ -28,3 +34,19 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 keep_secrets()  # in a worker's process too, which Prefect starts and whose log its server keeps
+
+
+def without_secrets(function: Callable[P, R]) -> Callable[P, R]:
+    """For what a flow or a task runs: Prefect keeps the text of an exception as the message of the run's state."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: P.args, **named: P.kwargs) -> R:
+        try:
+            return function(*arguments, **named)
+        except Exception as error:
+            text = redacted(str(error))
+            if text == str(error):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {text}") from error
+
+    return wrapped

@@ -18,19 +18,20 @@ from typing import Any
 from prefect import Task, flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 
-from flows import project_root
+from flows import project_root, without_secrets
 from flows.delivery import promote_version, register_model, run_gates, show
 from lolcats_common.machine import device_tags
 from lolcats_common.params import GatesParams, read_assignments
 from lolcats_common.records import Summary
+from lolcats_common.secrets import redacted
 from tasks.cli.options import changed_params
 from tasks.registry.promotion import CHAMPION
 from tasks.registry.register import RegisteredVersion
 from tasks.registry.versions import VersionStatus, version_status
-from tasks.reporting import summary
+from tasks.reporting import descriptions, summary
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
-from tasks.runner.mlflow_run import PARENT_VARIABLE, Run, close_abandoned, connect, first_line
+from tasks.runner.mlflow_run import FLOW_TAG, NOTE, PARENT_VARIABLE, Run, close_abandoned, connect, first_line
 from tasks.runner.processes import exit_with_supervisor
 from tasks.runner.servers import require_answer
 from tasks.versioning import confinement, dvc_graph, worktrees
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @task(cache_policy=NO_CACHE)
+@without_secrets
 def _run_stage(stage: str, root: Path, environment: dict[str, str]) -> dvc_graph.Reproduced:
     """Bring one stage up to date; its output goes to the terminal, or to the flow's log where that is read."""
     log = get_run_logger()
@@ -51,7 +53,14 @@ def stage_tasks(root: Path) -> dict[str, Task[..., dvc_graph.Reproduced]]:
     return {name: _run_stage.with_options(name=name, task_run_name=name) for name in dvc_graph.stages(root)}
 
 
-@flow(name="linearize", validate_parameters=False)
+def _called() -> str:
+    """The flow run's name: what it was asked for."""
+    asked = runtime.flow_run.parameters
+    return redacted(f"linearize {worktrees.label(asked.get('preset'), asked.get('set'))}".strip())
+
+
+@flow(name="linearize", flow_run_name=_called, validate_parameters=False)
+@without_secrets
 def linearize(preset: str | None = None, set: dict[str, Any] | None = None, register: bool = True) -> Summary:
     """Linearize, evaluate and register the teacher of params.yaml, or of `preset` with the overrides `set`.
 
@@ -93,7 +102,7 @@ def pipeline(
         if version:
             keep(version.version)
             status = deliver(root, version, worktree.params.gates, promote)
-        return summarize(root, worktree, parent, stages, version, status)
+        return summarize(root, name, worktree, parent, stages, version, status)
 
 
 def run_stages(worktree: worktrees.Worktree, parent: Run) -> list[dvc_graph.Reproduced]:
@@ -119,6 +128,7 @@ def deliver(root: Path, version: RegisteredVersion, gates: GatesParams, promote:
 
 def summarize(
     root: Path,
+    name: str,
     worktree: worktrees.Worktree,
     parent: Run,
     stages: Sequence[dvc_graph.Reproduced],
@@ -129,8 +139,11 @@ def summarize(
     result = summary.build(worktree.root, stages, version, parent.id, worktree.name, status)
     page = summary.markdown(result)
     parent.log_metrics(summary.headline(result))
-    parent.set_tags({f"stage.{done.stage}": done.state for done in stages})
+    for split, digest, profile in descriptions.datasets(worktree.root):
+        parent.log_dataset(split, worktree.params.data.source, digest, split, profile)
     parent.log_text(page, "summary.md")
+    said = descriptions.run(worktree.params, worktree.label)
+    parent.describe(f"{said}\n\n{page}", descriptions.named(f"{name} {worktree.label}".strip(), result))
     show(page, "summary", "Teacher beside student")
     summary.write(root, result)
     return result
@@ -139,8 +152,9 @@ def summarize(
 @contextmanager
 def _parent_run(root: Path, name: str, worktree: worktrees.Worktree) -> Iterator[Run]:
     """The MLflow run that the stages' runs hang from; ends as FAILED or KILLED where the block does not end well."""
-    tags = device_tags() | ({"dvc.experiment": worktree.name} if worktree.name else {})
-    parent = Run.start(root, name, params=worktree.params, tags=tags)
+    tags = {FLOW_TAG: name, NOTE: descriptions.run(worktree.params, worktree.label), **device_tags()}
+    tags |= {"dvc.experiment": worktree.name} if worktree.name else {}
+    parent = Run.start(root, f"{name} {worktree.label}".strip(), params=worktree.params, tags=tags)
     try:
         yield parent
     except Exception as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows import project_root
+from flows import project_root, without_secrets
 from flows.delivery import promote_version, roll_back
 from lolcats_common.params import load_params
 from tasks.registry.promotion import CHALLENGER
 
 
-@flow(name="promote")
+@flow(name="promote", flow_run_name="promote {version}")
+@without_secrets
 def promote(version: str = CHALLENGER) -> str:
     """Make a version (a number or an alias) that passed its gates the champion; its number.
 
@@ -21,7 +22,8 @@ def promote(version: str = CHALLENGER) -> str:
     return promote_version(root, load_params(root / "params.yaml").register.name, version).version
 
 
-@flow(name="rollback")
+@flow(name="rollback", flow_run_name="rollback to the previous champion")
+@without_secrets
 def rollback() -> str:
     """Let the previous champion serve again; its number.
 

@@ -215,7 +215,14 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
 
 
 def files_below(folder: Path, hidden: bool = True) -> Iterator[Path]:
-    """Every file below a directory, in no order; without `hidden` none whose path below it has a name with a dot first.
+    """Every file of `entries_below`."""
+    return (path for path in entries_below(folder, hidden) if path.is_file())
+
+
+def entries_below(folder: Path, hidden: bool = True) -> Iterator[Path]:
+    """Everything below a directory but directories, in no order: files, and links, which are not followed.
+
+    Without `hidden` there is nothing whose path below the directory has a name with a dot first.
 
     `Path.rglob` passes over what it may not read without a word.
 
@@ -231,9 +238,13 @@ def files_below(folder: Path, hidden: bool = True) -> Iterator[Path]:
             folders[:] = [name for name in folders if not name.startswith(".")]
             names = [name for name in names if not name.startswith(".")]
         try:
-            yield from [path for name in names if (path := Path(parent, name)).is_file()]
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            found = [Path(parent, name) for name in (*names, *links)]
+            for path in found:
+                path.is_file()  # a directory that can be listed and not entered says so here
         except OSError as error:
             refuse(error)
+        yield from found
 
 
 def sha256_file(path: Path | str) -> str:

@@ -22,6 +22,7 @@ from lolcats_common.files import DEEPEST, load_yaml
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.operation_params import GatesParams, RelinearizeParams
 from lolcats_common.project import HOME
+from lolcats_common.secrets import holds_login
 from lolcats_common.training_params import FinetuneParams, SelectParams, TransferParams
 
 PRESETS = HOME / "presets"
@@ -44,7 +45,7 @@ class ComputeParams:
     offload_activations: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.processes >= 1, "`processes` must be at least 1", self.processes)
+        _require(1 <= self.processes <= 128, "`processes` must be from 1 to 128", self.processes)
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
         _require(known, "`device` must be auto, cpu, cuda or cuda:N", self.device)
 
@@ -168,6 +169,8 @@ class RegisterParams:
             _require(bool(clean), f"`{key}` must be a name of at most 100 letters, digits, spaces, + _ or -", value)
         # The gates and the promotion alone move these; a number, or v with one, is MLflow's way to name a version.
         free = self.alias.lower() not in RESERVED_ALIASES and not re.fullmatch(r"[vV]?\d+", self.alias)
+        # Letters of other alphabets look like those of an alias that the gates decide.
+        _require(self.alias.isascii(), "`alias` must be of ASCII letters, digits, spaces, + _ or -", self.alias)
         reserved = ", ".join(RESERVED_ALIASES)
         _require(free, f"`alias` must be another name than {reserved} and the number of a version", self.alias)
 
@@ -373,4 +376,8 @@ def _coerce(hint: Any, value: Any, path: str, source: str) -> Any:
         raise refuse("text")
     if len(value) > _LONGEST or _UNPRINTABLE.search(value):
         raise refuse(f"text of at most {_LONGEST} characters, without line breaks and control characters, in UTF-8")
+    if holds_login(value):  # it would stand in git, dvc.lock, every worktree and the registered model
+        raise ParamsError(
+            f"{source}: `{path}` must hold no login, which belongs in the environment, got {shown(value)}"
+        )
     return value

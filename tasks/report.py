@@ -8,6 +8,7 @@ if __name__ == "__main__":
     main("report")  # before the imports below, which take seconds
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import matplotlib
@@ -26,6 +27,7 @@ def run(stage: Stage) -> Mapping[str, float]:
     """Write report.html and its figures; its size is the only metric."""
     params = stage.params
     facts = Facts(
+        made=f"{datetime.now(UTC):%Y-%m-%d}",
         evaluation=read(stage, "evaluate", "evaluation.json"),
         speed=read(stage, "evaluate", "speed.json"),
         metrics={name: read(stage, name, "metrics.json") for name in STAGES},

@@ -189,7 +189,7 @@ def test_a_legend_of_dimensions_stands_in_the_module_s_docstring() -> None:
 
 
 def test_documents_that_the_library_and_the_documents_refer_to_exist() -> None:
-    documents = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("reports/*.md")]
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("reports/*.md")]
     names = {path.name for path in documents}
     for path in MODULES.values():
         for reference in re.findall(r"(?:docs/)?\b[A-Za-z]\w+\.md\b", path.read_text(encoding="utf-8")):

@@ -93,6 +93,7 @@ def test_the_wheel_takes_no_name_that_others_use_and_holds_every_module_preset_a
     assert {f"lolcats_pipeline/{name}" for name in FILES if name.endswith(("yaml", "ignore"))} <= names
 
 
+@pytest.mark.slow
 def test_outside_a_checkout_a_person_gets_a_project_a_plan_and_text(environment: Path, tmp_path: Path) -> None:
     version = lolcats(environment, tmp_path, "--version").removeprefix("lolcats ").strip()
     assert f"lolcats_linearize-{version}-" in next(environment.parent.glob("*.whl")).name

@@ -45,6 +45,7 @@ def read_conversation(fields: Mapping[str, Any]) -> dict[str, Any]:
     given = fields.get("messages") if fields.get("messages") is not None else fields.get("conversations")
     if given is None:
         return {}
+    given = _from_json(given)
     messages = [_message(entry) for entry in given] if isinstance(given, list) else given
     system = fields.get("system")
     if isinstance(system, str) and system.strip() and isinstance(messages, list):

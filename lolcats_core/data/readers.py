@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from lolcats_common.errors import UserError
+from lolcats_core.data.parquet_pages import Page, longest_text, read_pages
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
-_JSON = tuple(kind + packed for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst"))
+_LINES = (".jsonl", ".ndjson")
+_JSON = tuple(kind + packed for kind in (*_LINES, ".json") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*_JSON, ".parquet", *TEXT_SUFFIXES)
 COLUMNS = (
     *("text", "instruction", "input", "output", "history", "system"),
@@ -29,9 +31,10 @@ UTF8 = "utf-8-sig"
 _LONG_TEXT = 1 << 16  # bytes from which a .txt file is cut into documents
 _CHUNK = 1 << 20  # bytes that are read at a time
 _ROWS, _ROW_BYTES = 64, 1 << 22  # of a Parquet file: most rows at a time, and bytes of them
-# Most bytes that a batch of a Parquet file may decode to. A value that a dictionary holds once stands in every row, and
-# a page of one letter takes next to nothing in the file; no text that people wrote is packed a thousandfold.
-_DECODED_BYTES, _PACKED = 1 << 26, 1000
+# Of a page of a Parquet file: bytes and values that any may decode to, how many times more than it takes in the file it
+# may be beyond that, and the most bytes. A page of one letter takes next to nothing in the file, and no text that
+# people wrote is packed a thousandfold.
+_DECODED_BYTES, _VALUES, _PACKED, _PAGE_BYTES = 1 << 26, 1 << 24, 1000, 1 << 28
 # What means something in JSON outside a string, and inside one.
 _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\],]'), re.compile(rb'["\\]')
 
@@ -46,8 +49,8 @@ class RawRecord:
 
 
 def suffix_of(file: Path) -> str | None:
-    """The one of `SUFFIXES` that the file's name ends in, if any."""
-    return next((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), None)
+    """The one of `SUFFIXES` that the file's name ends in, in letters of either case, if any."""
+    return next((suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)), None)
 
 
 def file_records(file: Path, where: str, limit: int) -> Iterator[RawRecord]:
@@ -63,7 +66,7 @@ def file_records(file: Path, where: str, limit: int) -> Iterator[RawRecord]:
     """
     suffix = suffix_of(file)
     if suffix == ".parquet":
-        yield from _parquet_records(file)
+        yield from _parquet_records(file, limit)
     elif suffix in _JSON:
         yield from _json_records(file, limit)
     elif suffix == ".txt" and file.stat().st_size > _LONG_TEXT:
@@ -122,8 +125,8 @@ def _no_constant(name: str) -> Any:
 
 
 def _json_records(file: Path, limit: int) -> Iterator[RawRecord]:
-    """One record a line (.jsonl), or the elements of an array or a row of objects however they are laid out (.json)."""
-    entries = _lines if str(suffix_of(file)).startswith(".jsonl") else _values
+    """One record a line, or in .json the elements of an array or a row of objects, however they are laid out."""
+    entries = _lines if str(suffix_of(file)).startswith(_LINES) else _values
     try:
         with _opened(file) as stream:
             for number, entry in enumerate(entries(stream, limit), 1):
@@ -148,9 +151,9 @@ def _json_record(where: str, entry: bytes) -> RawRecord:
 
 
 def _opened(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(file))
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         import pyarrow as pa
 
         return io.BufferedReader(cast(Any, pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")), _CHUNK)
@@ -221,50 +224,109 @@ def _values(stream: IO[bytes], limit: int) -> Iterator[bytes | None]:
         yield ended(b"")
 
 
-def _parquet_records(file: Path) -> Iterator[RawRecord]:
+def _parquet_records(file: Path, limit: int) -> Iterator[RawRecord]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        # With a buffer of its own a column is read piece by piece, otherwise a whole row group at once.
-        parquet = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False)
-        groups = [parquet.metadata.row_group(index) for index in range(parquet.num_row_groups)]
-        largest = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-        columns = [name for name in parquet.schema_arrow.names if name in COLUMNS] or None
-        repeated = _largest_dictionary(file, groups, columns)
-        rows = min(_ROWS, max(1, _ROW_BYTES // max(largest, 1)), max(1, _DECODED_BYTES // max(repeated, 1)))
-        for batch in parquet.iter_batches(batch_size=rows, columns=columns):
+        footer = pq.read_metadata(file)
+        names = [name for name in footer.schema.to_arrow_schema().names if name in COLUMNS] or None
+        row_bytes, texts = _check_pages(file, footer, names)
+        rows = min(_ROWS, max(1, _ROW_BYTES // max(row_bytes, 1)))
+        # With a buffer of its own a column is read piece by piece, otherwise a whole row group at once. A value that
+        # stands in a dictionary stays there and is not written out for every row and every element of a list.
+        parquet = pq.ParquetFile(file, buffer_size=_CHUNK, pre_buffer=False, read_dictionary=texts)
+        for batch in parquet.iter_batches(batch_size=rows, columns=names):
+            small = _decoded_size(batch.to_struct_array()) <= _ROW_BYTES
             for index in range(batch.num_rows):
                 number += 1
-                where = f"{file.name}:{number}"
+                where, row = f"{file.name}:{number}", batch.slice(index, 1)
+                size = 0 if small else _decoded_size(row.to_struct_array())
+                if size > limit:
+                    yield RawRecord(where, reason=f"{size} bytes, above `data.max_record_bytes` {limit}")
+                    continue
                 try:
-                    yield RawRecord(where, without_gaps(batch.slice(index, 1).to_pylist()[0]))
+                    yield RawRecord(where, without_gaps(row.to_pylist()[0]))
                 except UnicodeDecodeError as error:
                     yield RawRecord(where, reason=f"not UTF-8 at byte {error.start}")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"`data.source`: {file} is damaged after row {number}: {error}") from None
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "it takes more memory than there is"
+        raise UserError(f"`data.source`: {file} is damaged after row {number}: {reason}") from None
 
 
-def _largest_dictionary(file: Path, groups: list[Any], columns: list[str] | None) -> int:
-    """Most bytes that one row can take because its values stand in a dictionary, from the file's footer alone.
+def _check_pages(file: Path, footer: Any, names: list[str] | None) -> tuple[int, list[str]]:
+    """What the pages' own headers say: bytes of a row at most or on average, and the columns to read as dictionaries.
+
+    The latter are texts in lists that would take too much if each element were written out.
 
     Raises:
-        UserError: a column decodes to so much more than the file holds that it is no text.
+        UserError: a page decodes to so much more than the file holds of it that it is no text.
+        ValueError: there are no pages where the footer says.
     """
-    largest = 0
-    for group in groups:
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
-        for chunk in chunks:
-            size, packed = chunk.total_uncompressed_size, max(chunk.total_compressed_size, 1)
-            if size > max(_DECODED_BYTES, _PACKED * packed):
-                raise UserError(
-                    f"`data.source`: {file} is refused: {packed} bytes of its column {chunk.path_in_schema} decode to"
-                    f" {size}; a column may be packed at most {_PACKED} times"
-                )
-        largest = max(largest, sum(chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page))
-    return largest
+    row_bytes, texts = 0, dict[str, None]()
+    with file.open("rb") as opened:
+        for index in range(footer.num_row_groups):
+            group, total = footer.row_group(index), 0
+            for place in range(group.num_columns):
+                chunk = group.column(place)
+                if names is not None and chunk.path_in_schema.split(".")[0] not in names:
+                    continue
+                first = chunk.dictionary_page_offset or chunk.data_page_offset
+                start = min(first, chunk.data_page_offset)
+                values = stored = longest = repeated = 0
+                for page in read_pages(opened, start, chunk.total_compressed_size):
+                    values, stored, total = values + page.values, stored + page.stored, total + page.size
+                    most = min(_PAGE_BYTES, max(_DECODED_BYTES, _PACKED * page.stored))
+                    if page.size > most or values > max(_VALUES, _PACKED * stored):
+                        raise UserError(
+                            f"`data.source`: {file} is refused: {page.stored} bytes of its column "
+                            f"{chunk.path_in_schema} decode to {page.size} bytes and {values} values; it may be packed "
+                            f"at most {_PACKED} times, and a page hold at most {_PAGE_BYTES} bytes"
+                        )
+                    repeated += page.values * page.indices
+                    row_bytes = max(row_bytes, page.size // max(page.values, 1))
+                    if page.dictionary and chunk.physical_type == "BYTE_ARRAY":
+                        longest = _longest(opened, page, chunk.compression)
+                if footer.schema.column(place).max_repetition_level == 0:
+                    row_bytes = max(row_bytes, longest)
+                elif longest * repeated > _DECODED_BYTES:
+                    texts[chunk.path_in_schema] = None
+            row_bytes = max(row_bytes, total // max(group.num_rows, 1))
+    return row_bytes, list(texts)
+
+
+def _longest(opened: IO[bytes], page: Page, codec: str) -> int:
+    """Bytes of the longest text of a dictionary's page; those of the whole page where it cannot be told."""
+    import pyarrow as pa
+
+    opened.seek(page.at)
+    content = opened.read(page.stored)
+    if codec == "UNCOMPRESSED":
+        return longest_text(content)
+    if codec not in ("SNAPPY", "GZIP", "ZSTD", "BROTLI"):
+        return page.size
+    return longest_text(pa.Codec(codec.lower()).decompress(content, page.size, asbytes=True))
+
+
+def _decoded_size(array: Any) -> int:
+    """Bytes that an array's texts take once each stands for itself, its other values counted as eight."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+        return int(pc.sum(lengths.take(array.indices)).as_py() or 0)
+    if pa.types.is_struct(kind):
+        return sum(map(_decoded_size, array.flatten()))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
+        return 8 * len(array) + _decoded_size(array.flatten() if not pa.types.is_map(kind) else array.items)
+    if pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind):
+        return int(pc.sum(pc.binary_length(array).cast(pa.int64())).as_py() or 0)
+    return 8 * len(array)
 
 
 def without_gaps(fields: dict[str, Any]) -> dict[str, Any]:

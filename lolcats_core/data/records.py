@@ -37,12 +37,15 @@ def detect_shape(fields: Mapping[str, Any], wanted: str) -> Shape:
     """
     if wanted != "auto":
         return wanted  # type: ignore[return-value]
-    if "messages" in fields or "conversations" in fields:
-        return "messages"
-    if "instruction" in fields and "output" in fields:
-        return "alpaca"
-    if "text" in fields:
-        return "text"
+    # A table of records of several shapes has every column in each, with nothing in those of the others.
+    said = {name for name, value in fields.items() if value is not None}
+    for names in (said, set(fields)):
+        if names & {"messages", "conversations"}:
+            return "messages"
+        if {"instruction", "output"} <= names:
+            return "alpaca"
+        if "text" in names:
+            return "text"
     columns = ", ".join(sorted(map(str, fields))) or "none"
     raise RecordError(f"columns must be text, or instruction and output, or messages or conversations, got {columns}")
 

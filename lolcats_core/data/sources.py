@@ -7,17 +7,19 @@ all ends it in one `UserError`.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError
-from lolcats_common.files import files_below, sha256_file
+from lolcats_common.files import entries_below, sha256_file
 from lolcats_common.params import DataParams
-from lolcats_common.sources import find_text
+from lolcats_common.sources import find_text, source_path
 from lolcats_core.data.readers import (
     SUFFIXES,
     TEXT_SUFFIXES,
@@ -46,6 +48,7 @@ _SKIPPED_FOLDERS = frozenset(
         "__pycache__",
     ]
 )
+logger = logging.getLogger(__name__)
 _SKIPPED_NAMES = re.compile(r"_sysconfigdata.*|_sitebuiltins\.py|sitecustomize\.py")
 
 
@@ -73,7 +76,8 @@ def local_files(params: DataParams, root: Path) -> list[Path] | None:
     Text files come in the order of their names' hashes, so that a bound on tokens takes no alphabetical slice.
 
     Raises:
-        UserError: nothing matches, a file has a suffix that cannot be read, or a dataset id has no pinned commit.
+        UserError: nothing matches, a file has a suffix that cannot be read, a directory holds a link that leads nowhere
+            or a data set in a form of its own, or a dataset id has no pinned commit.
     """
     source, named = params.source, find_text(params, root)
     if named is None:
@@ -88,20 +92,44 @@ def local_files(params: DataParams, root: Path) -> list[Path] | None:
             raise UserError(f"`data.source`: the name {file.name} is not UTF-8; rename the file") from None
         if suffix_of(file) is None:
             raise UserError(f"`data.source`: {file.name} must end in {', '.join(SUFFIXES)}")
-    return sorted(found, key=lambda file: (_name_hash(file.name) if file.suffix in TEXT_SUFFIXES else "", file))
+    return sorted(found, key=lambda file: (_name_hash(file.name) if suffix_of(file) in TEXT_SUFFIXES else "", file))
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Readable files, hidden ones left out, and of those the kinds that are records.
+    """Readable files, hidden and empty ones left out, and of those the kinds that are records.
 
     Beside data files, text files are none (a README, a licence); beside other data or text, .json files are none (the
     description of a data set, the settings of a program).
+
+    Raises:
+        UserError: a link leads nowhere, or the files are those of `datasets.save_to_disk`.
     """
-    files = [file for file in files_below(folder, hidden=False) if suffix_of(file) is not None]
+    here, files = list(entries_below(folder, hidden=False)), list[Path]()
+    for file in here:
+        if suffix_of(file) is not None and not file.is_dir():
+            if not file.exists():
+                raise UserError(f"`data.source`: {file} is a link to {file.readlink()}, which does not exist")
+            if file.stat().st_size > 0:
+                files.append(file)
     texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     tables = [file for file in files if suffix_of(file) not in (*TEXT_SUFFIXES, ".json")]
+    if not tables and any(file.suffix == ".arrow" for file in here):
+        advice = 'datasets.load_from_disk(...).to_parquet("text.parquet")'
+        raise UserError(f"`data.source`: {folder} holds .arrow files, which are not read; write Parquet: {advice}")
     said = any(file.stem.upper() not in ("README", "LICENSE") for file in texts)
     return tables or (texts if said else [file for file in files if file not in texts]) or files
+
+
+def _left_out(folder: Path, read: list[Path]) -> str:
+    """What lies in a folder and is not read, by kind, such as ``2 .csv, 1 link to a folder``."""
+
+    def kind(at: Path) -> str:
+        if at.is_dir():
+            return "link to a folder"
+        return "empty" if at.is_file() and at.stat().st_size == 0 else at.suffix.lower() or "without a suffix"
+
+    others = set(entries_below(folder, hidden=False)) - set(read)
+    return ", ".join(f"{count} {name}" for name, count in sorted(Counter(map(kind, others)).items()))
 
 
 def describe(params: DataParams, root: Path, sha256: Callable[[Path], str] = sha256_file) -> dict[str, Any]:
@@ -140,6 +168,9 @@ def raw_records(params: DataParams, root: Path) -> Iterator[RawRecord]:
     if files is None:
         yield from _hub_records(params)
         return
+    path = source_path(params.source, root)
+    if path.is_dir() and (others := _left_out(path, files)):
+        logger.warning("`data.source`: of %s %d files are read; not read: %s", params.source, len(files), others)
     for file in files:
         try:
             yield from file_records(file, _relative(file, root), params.max_record_bytes)

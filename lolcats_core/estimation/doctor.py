@@ -12,8 +12,9 @@ import torch
 
 from lolcats_common.errors import UserError
 from lolcats_common.params import Params
-from lolcats_common.sources import COMMIT, find_teacher, find_text, source_path
+from lolcats_common.sources import COMMIT, find_teacher, source_path
 from lolcats_core.compute.device import resolve_device
+from lolcats_core.data.sources import local_files
 from lolcats_core.estimation.memory import (
     GIB,
     KNOWN_MODELS,
@@ -168,7 +169,7 @@ def _data(params: Params, root: Path) -> Finding:
     if source == "builtin":
         return Finding("data", "ok", "the Python standard library's sources")
     try:
-        found = find_text(params.data, root)
+        found = local_files(params.data, root)
     except UserError as error:
         return Finding("data", "missing", str(error))
     if found is not None:

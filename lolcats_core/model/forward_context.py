@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,8 +24,16 @@ from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
 from lolcats_kernels.hybrid_attention import HybridConfig, HybridWeights, attend, transfer_error
 
-ATTENTION_NAME = "lolcats_hybrid"
+ATTENTION_NAME = "lolcats_hybrid"  # in config.json
 T = TypeVar("T")
+
+
+def function_name(name: str) -> str:
+    """What transformers knows an attention function of ours by in this process.
+
+    Two checkpoints with code of their own do not share one.
+    """
+    return name if __name__.startswith("lolcats_core.") else f"{name}_{zlib.crc32(__name__.encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +210,7 @@ def check_attention(name: str | dict[str, str], own: str = ATTENTION_NAME) -> No
     Raises:
         UserError: it is another one.
     """
-    if name != own:
+    if name not in (own, function_name(own)):
         raise UserError(f"`attn_implementation` of a linearized model must be {own}, got {name!r}")
 
 
@@ -240,7 +249,10 @@ def prepare_inputs(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     cache, kwargs = given_cache(kwargs), {name: x for name, x in kwargs.items() if name not in CACHE_NAMES}
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if cache is not None and not isinstance(cache, HybridCache):
-        raise UserError(f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}")
+        raise UserError(
+            f"`{CACHE}` of a linearized model must be a HybridCache, got {type(cache).__name__}; leave it out, and"
+            " `generate` or `use_cache=True` makes one"
+        )
     if mask is not None and mask.dim() != 2:
         raise UserError(f"`attention_mask` of a linearized model must be [B, S], got {tuple(mask.shape)}")
     padding_mask = None if mask is None or bool(mask.bool().all()) else mask.bool()

@@ -33,7 +33,13 @@ from lolcats_core.model.attention import hybrid_attention_forward
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.families import FAMILIES, PREFIX, VISION, family_of, modality, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
-from lolcats_core.model.forward_context import ATTENTION_NAME, check_attention, checkpoints, prepare_inputs
+from lolcats_core.model.forward_context import (
+    ATTENTION_NAME,
+    check_attention,
+    checkpoints,
+    function_name,
+    prepare_inputs,
+)
 from lolcats_core.model.remote_code import MODEL, auto_map, write_code
 from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
 from lolcats_core.model.softmax_attention import KeptGroups
@@ -41,7 +47,7 @@ from lolcats_core.model.transformers_versions import CACHE, given_cache
 
 logger = logging.get_logger(__name__)
 
-transformers.AttentionInterface.register(ATTENTION_NAME, hybrid_attention_forward)
+transformers.AttentionInterface.register(function_name(ATTENTION_NAME), hybrid_attention_forward)
 
 
 class StudentMixin:
@@ -61,7 +67,7 @@ class StudentMixin:
             check_attention(config._attn_implementation, self.attention_name)
         if config.linearize is None:
             raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
-        config._attn_implementation = self.attention_name
+        config._attn_implementation = function_name(self.attention_name)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.config: PreTrainedConfig = config
 
@@ -181,8 +187,10 @@ def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
         },
     )
     globals()[config_name] = config
-    # The copy of this code beside a checkpoint registers as well.
-    AutoConfig.register(PREFIX + name, config, exist_ok=True)
+    if __name__.startswith("lolcats_core."):
+        # The copy of this code beside a checkpoint serves that checkpoint alone: what is registered for a model type
+        # stands for every later checkpoint of that type, whose own code would not be read.
+        AutoConfig.register(PREFIX + name, config, exist_ok=True)
     AUTO_CLASSES[PREFIX + name] = {"AutoConfig": config}
     bases: dict[Any, type[PreTrainedModel] | None] = {
         AutoModelForCausalLM: base_model,

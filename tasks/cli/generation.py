@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,25 @@ from tasks.runner.logs import quiet_progress_bars
 RESET, EXIT = "/reset", "/exit"
 
 
-class Generator:
-    """A model with its tokenizer, and how to take the next token; `temperature` 0 decodes greedily."""
+@dataclass(frozen=True)
+class Sampling:
+    """How text is written. `temperature` 0 decodes greedily, and then `top_p` and `seed` say nothing.
 
-    def __init__(self, path: Path, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
+    `top_p`: the next token is one of the most probable that have this probability together. `repetition_penalty`:
+    logits of tokens that stand in the text already are divided by it where positive, multiplied where negative.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Generator:
+    """A model with its tokenizer, and how to take the next token."""
+
+    def __init__(self, path: Path, sampling: Sampling) -> None:
         """Load a merged model, a delta or a model with softmax attention, such as the teacher.
 
         Raises:
@@ -46,15 +62,16 @@ class Generator:
             raise UserError(f"{path} does not load as a model: {str(error).splitlines()[0]}") from error
         self.model = model.to(device).eval()
         self.options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
-            "temperature": temperature if temperature > 0 else None,
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "temperature": sampling.temperature or None,
             "top_k": None,
-            "top_p": None,
+            "top_p": sampling.top_p if sampling.temperature > 0 else None,
+            "repetition_penalty": sampling.repetition_penalty,
             "eos_token_id": end_tokens(self.model, self.tokenizer) or None,
             "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
         }
-        seed_everything(seed)
+        seed_everything(sampling.seed)
 
     def encode(self, text: str, special: bool = True) -> torch.Tensor:
         """Token ids [1, T] of a text; `special` adds what the tokenizer puts around one."""
@@ -85,13 +102,13 @@ class Generator:
         return out
 
 
-def stream(path: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
+def stream(path: Path, prompt: str, sampling: Sampling) -> None:
     """Print `prompt` and its continuation to standard output.
 
     Raises:
         UserError: the model does not load, or the prompt is empty.
     """
-    generator = Generator(path, max_new_tokens, temperature, seed)
+    generator = Generator(path, sampling)
     ids = generator.encode(prompt)
     if ids.shape[1] == 0:
         raise UserError("PROMPT must hold at least one character, got ''")
@@ -140,13 +157,13 @@ class Conversation:
         self.text = whole + said
 
 
-def chat(path: Path, max_new_tokens: int, temperature: float, seed: int = 0) -> None:
+def chat(path: Path, sampling: Sampling) -> None:
     """Answer each line of standard input until it ends or says /exit; /reset starts a new conversation.
 
     Raises:
         UserError: the model does not load.
     """
-    conversation = Conversation(Generator(path, max_new_tokens, temperature, seed))
+    conversation = Conversation(Generator(path, sampling))
     if not conversation.template:
         print(
             "The tokenizer has no chat template: the model continues the text, and each line adds to it.",

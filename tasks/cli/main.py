@@ -10,7 +10,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +27,7 @@ from lolcats_common.project import find_root
 from lolcats_common.sources import check_sources
 from tasks.cli import estimation, model, project, registry, studies
 from tasks.cli.options import Overrides, Preset, changed_params
+from tasks.cli.reasons import planned, short
 from tasks.runner.exits import raise_terminated, run_and_report
 from tasks.runner.logs import setup_logging
 from tasks.runner.processes import supervise
@@ -46,7 +49,6 @@ app = typer.Typer(
     name="lolcats",
     cls=Program,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -71,13 +73,25 @@ def run(
     preset: Preset = None,
     set: Overrides = None,
     register: Annotated[bool, typer.Option(help="Register the finetuned model in MLflow.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say which stages would run and why, and run none.")
+    ] = False,
 ) -> None:
     """Run the whole pipeline; what has not changed is reused.
 
     Without --preset and --set it runs params.yaml here; with them, in a worktree of its own as a DVC experiment.
     """
     root = find_root()
-    check_sources(changed_params(root, preset, set), root)  # what is wrong is refused before anything starts
+    params = changed_params(root, preset, set)
+    check_sources(params, root)  # what is wrong is refused before anything starts
+    if dry_run:
+        Console(width=None if sys.stdout.isatty() else 80, highlight=False).print(_stages(root, planned(root, params)))
+        return
+    print(
+        "Checking the parameters against the teacher; the first stage begins in about 15 s.",
+        file=sys.stderr,
+        flush=True,
+    )
     for name in ("PREFECT_LOGGING_LEVEL", "PREFECT_LOGGING_INTERNAL_LEVEL"):
         os.environ.setdefault(name, "CRITICAL")  # the flow says errors once, in one line
     options = [] if preset is None else ["--preset", preset]
@@ -95,26 +109,34 @@ def stage(name: str) -> None:
 
 
 @app.command()
-def status() -> None:
+def status(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every file that changed.")] = False,
+) -> None:
     """Show each stage's state, the newest runs and the registered versions."""
     setup_logging(logging.WARNING)
     root = find_root()
     params = load_params(root / "params.yaml")
     changed = dvc_graph.changed(root)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    stages = _table("Stages", "stage", "state", "why")
-    for name in read_yaml(root / "dvc.yaml").get("stages") or {}:
-        stages.add_row(name, "would run" if name in changed else "up to date", "; ".join(changed.get(name, [])))
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+    stages = _stages(root, changed if verbose else {name: [short(reasons)] for name, reasons in changed.items()})
     runs = _table("Newest runs", "run", "status", "started", "id")
     overview = read_overview(root)
     for found in overview.runs:
-        runs.add_row(found.name, found.status, _moment(found.started), found.id)
+        runs.add_row(found.name, found.status, _moment(found.started), found.id[:8])
     versions = _table("Registered", "model", "version", "alias", "created")
     for version, aliases in overview.newest_versions():
         versions.add_row(version.model, version.number, aliases, _moment(version.created))
     console.print(stages)
     console.print(runs)
     console.print(versions if versions.row_count else f"{params.register.name} is not registered yet.")
+
+
+def _stages(root: Path, changed: Mapping[str, list[str]]) -> Table:
+    """Every stage of dvc.yaml: whether it would run, and why."""
+    table = _table("Stages", "stage", "state", "why")
+    for name in read_yaml(root / "dvc.yaml").get("stages") or {}:
+        table.add_row(name, "would run" if name in changed else "up to date", "; ".join(changed.get(name, [])))
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,4 +1,4 @@
-"""The commands that use a finetuned model: generate, chat, export."""
+"""The commands that use a finetuned model: generate, chat, export, push."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ Model = Annotated[
     ),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most probable token each time.")]
+TopP = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Sample among the most probable tokens with this probability together.")
+]
+Penalty = Annotated[
+    float, typer.Option(min=0.5, max=2.0, help="Above 1, tokens that stand in the text already become less probable.")
+]
 
 
 @app.command()
@@ -29,13 +35,15 @@ def generate(
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
     seed: int = 0,
 ) -> None:
     """Continue PROMPT with the linearized model, token by token."""
     path = _model_path(model)
-    from tasks.cli.generation import stream
+    from tasks.cli.generation import Sampling, stream
 
-    stream(path, prompt, max_new_tokens, temperature, seed)
+    stream(path, prompt, Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed))
 
 
 @app.command()
@@ -43,6 +51,8 @@ def chat(
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each reply.")] = 200,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
     seed: int = 0,
 ) -> None:
     """Talk with the linearized model: each line gets a reply, and the decode state is kept between them.
@@ -52,7 +62,7 @@ def chat(
     path = _model_path(model)
     from tasks.cli import generation
 
-    generation.chat(path, max_new_tokens, temperature, seed)
+    generation.chat(path, generation.Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed))
 
 
 @app.command()
@@ -74,6 +84,28 @@ def export(
     from tasks.cli import export as exports
 
     print(exports.export(root, source, form=form, to=to, max_shard_size=max_shard_size, force=force))
+
+
+@app.command()
+def push(
+    model: Annotated[
+        str,
+        typer.Argument(help="A registered version (champion, 3, name@alias, name/3) or an export's directory."),
+    ],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    form: Annotated[Literal["merged", "delta"], typer.Option(help="Of a registered version.")] = "merged",
+    private: Annotated[bool, typer.Option(help="Of a repository that is made now.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and send nothing.")] = False,
+) -> None:
+    """Put a model with its card on the Hugging Face hub; the token is that of HF_TOKEN or `hf auth login`."""
+    setup_logging(logging.WARNING)
+    from tasks.cli import push as pushing
+
+    done = pushing.push(model, repo, form=form, private=private, dry_run=dry_run)
+    for name, size in done.files.items():
+        print(f"  {size:>15,}  {name}")
+    total = f"{len(done.files)} files, {sum(done.files.values()) / 2**20:,.1f} MiB"
+    print(f"{total}: {done.url}" if done.url else f"{total} would go to {repo}; nothing was sent.")
 
 
 def _model_path(model: str | None) -> Path:

@@ -1,7 +1,8 @@
-"""The commands about a project as a whole: init, serve, stop."""
+"""The commands about a project as a whole: init, serve, ui, stop."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,10 +31,31 @@ def serve() -> None:
     root = find_root()
     from tasks.operations import services
 
-    variables = services.start(root)
+    variables = services.start(root, say=_say)
     print(f"Prefect: {variables['PREFECT_API_URL'].removesuffix('/api')}")
     print(f"MLflow:  {variables['MLFLOW_TRACKING_URI']}")
     print(f"For `lolcats`, `prefect` and `mlflow` in a shell:  . {services.VARIABLES}")
+
+
+@app.command()
+def ui(
+    browser: Annotated[bool, typer.Option(help="Open both pages; without it, only say where they are.")] = True,
+) -> None:
+    """Open MLflow's and Prefect's pages; what of the two servers does not run is started, without a worker."""
+    root = find_root()
+    import webbrowser
+
+    from tasks.operations import services
+
+    for name, url in services.pages(root, say=_say).items():
+        print(f"{name + ':':<8} {url}")
+        if browser:
+            webbrowser.open(url)
+    print("`lolcats stop` ends the servers.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -66,12 +66,15 @@ def rollback() -> None:
 
 
 @app.command()
-def lineage(version: Version) -> None:
+def lineage(
+    version: Version,
+    everything: Annotated[bool, typer.Option("--all", help="Hashes, runs, versions and every parameter, too.")] = False,
+) -> None:
     """Show where a version comes from, and how to get its code and its bytes back."""
     root, params = _project()
     from tasks.registry import lineage as lineages
 
-    print(lineages.lineage(root, params.register.name, version))
+    print(lineages.lineage(root, params.register.name, version, everything))
 
 
 @app.command()

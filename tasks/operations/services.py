@@ -31,6 +31,7 @@ from tasks.runner.mlflow_run import connect, experiment_id
 
 HOST = "127.0.0.1"
 POOL = "lolcats"
+NAMES = {"mlflow": "MLflow's server", "prefect": "Prefect's server"}
 SERVICES = ("mlflow", "prefect", "worker")
 VARIABLES = ".prefect/services.env"  # what clients need, as `export` lines
 AUTH = "LOLCATS_AUTH"
@@ -40,8 +41,11 @@ START_SECONDS = 600.0  # the first start makes the databases: minutes on a busy 
 STOP_SECONDS = 20.0
 
 
-def start(root: Path) -> dict[str, str]:
+def start(root: Path, *, worker: bool = True, say: Callable[[str], object] = lambda line: None) -> dict[str, str]:
     """Start the three, deploy the flows of prefect.yaml, and return the variables that their clients need.
+
+    Without `worker` the two servers alone, for a person who looks: then no schedule starts anything. `say` gets a line
+    before each step, which takes seconds to a minute.
 
     Where some of the three still run, only those that are gone are started, on the ports and with the login as before.
 
@@ -49,31 +53,50 @@ def start(root: Path) -> dict[str, str]:
         UserError: all run already, a port is taken, or one of them does not come up.
     """
     running = _running(root)
-    if len(running) == len(SERVICES):
+    wanted = SERVICES if worker else SERVICES[:2]
+    if running.keys() >= set(wanted):
         raise UserError(f"{', '.join(running)} run already; `lolcats stop` ends them")
     servers = [name for name in ("mlflow", "prefect") if name not in running]
     for name in servers:
         _end(_group(root, name))  # what its main process, killed alone, left behind on its port
+    if not running:
+        say("Making ready the databases of MLflow and Prefect ...")
     variables = _saved(root) if running else _fresh(root)
+    deployed = not worker or (bool(running) and "worker" in _known(root))
     new_store.ensure(root / "mlflow.db")  # the server would make it too, but not whole or not at all
     try:
         for name in servers:
             _launch(root, name, *_server(root, name, variables))
-        _wait(root, "mlflow", lambda: _answers(f"{variables['MLFLOW_TRACKING_URI']}/health"))
-        _wait(root, "prefect", lambda: _answers(f"{variables['PREFECT_API_URL']}/health"))
+        for name, url in (("mlflow", variables["MLFLOW_TRACKING_URI"]), ("prefect", variables["PREFECT_API_URL"])):
+            say(f"Waiting for {NAMES[name]} at {url.removesuffix('/api')} ...")
+            _wait(root, name, lambda url=url: _answers(f"{url}/health"))  # type: ignore[misc]
         environment = _prefect_environment(variables)
-        if not running:
+        if not deployed:
+            say("Deploying the flows of prefect.yaml ...")
             pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
             for arguments in (pool, ["--no-prompt", "deploy", "--all"]):
                 _call([sys.executable, "-m", "prefect", *arguments], root, environment)
             _call([sys.executable, "-m", "flows.automations"], root, environment)
-        if "worker" not in running:
+        if worker and "worker" not in running:
+            say("Starting the worker ...")
             _launch(root, "worker", [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL], environment)
     except BaseException:
         if not running:
             stop(root)
         raise
     return variables
+
+
+def pages(root: Path, say: Callable[[str], object]) -> dict[str, str]:
+    """Where a person looks: the pages of MLflow and Prefect, whose servers are started if they do not run.
+
+    Raises:
+        UserError: as `start`.
+    """
+    running = _running(root)
+    both = "mlflow" in running and "prefect" in running
+    variables = _saved(root) if both else start(root, worker=False, say=say)
+    return {"MLflow": variables["MLFLOW_TRACKING_URI"], "Prefect": variables["PREFECT_API_URL"].removesuffix("/api")}
 
 
 def stop(root: Path) -> list[str]:

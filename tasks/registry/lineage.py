@@ -19,8 +19,15 @@ GROUPS = {
 }
 
 
-def lineage(root: Path, name: str, which: str) -> str:
+# What fits one look; the rest is for `--all`.
+SHORT = ("code", "teacher and text")
+
+
+def lineage(root: Path, name: str, which: str, everything: bool = False) -> str:
     """The page that `lolcats lineage` prints for a version: a number or an alias.
+
+    Args:
+        everything: hashes, runs, library versions, the machine and all parameters as well.
 
     Raises:
         Unavailable: the registry cannot be used.
@@ -35,13 +42,14 @@ def lineage(root: Path, name: str, which: str) -> str:
     lines.append(f"  MLflow run: {version.run_id}")
     for title, prefixes in GROUPS.items():
         found = {key: tags.pop(key) for key in sorted(tags) if key.startswith(prefixes)}
-        if found:
+        if found and (everything or title in SHORT):
             lines += ["", title, *(f"  {key:<28} {value}" for key, value in found.items())]
     if tags:
         lines += ["", "results", *(f"  {key:<28} {value}" for key, value in sorted(tags.items()))]
-    with stored_model(client, version) as stored:
+    with stored_model(client, version) as stored:  # whose files are held against their manifest
         params = (stored / "artifacts" / "params.yaml").read_text(encoding="utf-8")
-    lines += ["", "params.yaml", *(f"  {line}" for line in params.splitlines() if line.strip())]
+    if everything:
+        lines += ["", "params.yaml", *(f"  {line}" for line in params.splitlines() if line.strip())]
     return "\n".join([*lines, "", *_commands(root, name, str(version.version), version.tags)])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lolcats_common.errors import UserError
+from lolcats_common.errors import UserError, shown
 from lolcats_common.params import GatesParams
 from tasks.registry.gates import PROBED, GateReport, evaluate_gates
 from tasks.registry.versions import (
@@ -86,7 +86,7 @@ def run_gates(root: Path, name: str, gates: GatesParams, which: str) -> tuple[Ga
     report = GateReport(name, number, compared, evaluate_gates(gates, evaluation, before, probe))
     client.log_text(version.run_id, report.markdown(), f"gates/version-{number}.md")
     client.log_text(version.run_id, json.dumps(report.to_dict(), indent=2), f"gates/version-{number}.json")
-    client.set_model_version_tag(name, number, REASONS_TAG, "; ".join(report.reasons)[:5000] or "none")
+    client.set_model_version_tag(name, number, REASONS_TAG, "; ".join(report.reasons) or "none")
     client.set_model_version_tag(name, number, GATES_TAG, "passed" if report.passed else "refused")
     if report.passed:
         with alias_lock(root):
@@ -175,9 +175,16 @@ def _complete_move(client: Any, name: str) -> None:
         raise
     if not going:
         return
-    for alias, number in json.loads(going).items():
-        if number is not None:
-            client.set_registered_model_alias(name, alias, number)
+    try:
+        places = json.loads(going)
+        moves = [(alias, str(places[alias])) for alias in (CHAMPION, PREVIOUS) if places[alias] is not None]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{name}: its tag `{MOVE_TAG}` must say where {CHAMPION} and {PREVIOUS} go, got {shown(going)}; delete the "
+            "tag and promote again"
+        ) from None
+    for alias, number in moves:
+        client.set_registered_model_alias(name, alias, number)
     client.delete_registered_model_tag(name, MOVE_TAG)
 
 

@@ -94,7 +94,9 @@ def register(root: Path, params: Params, parent_run_id: str | None = None) -> Re
                 tags["lock.commit"] = lock_commit
             model_id, location, tags[manifest.TAG] = _log_model(client, root, run_id)
             _ensure_registered_model(client, name)
-            existing = client.create_model_version(name, location, run_id=run_id, tags=tags, model_id=model_id)
+            existing = client.create_model_version(
+                name, location, run_id=run_id, tags=tags, model_id=model_id, description=_description(root, params)
+            )
             existing = keep_first_version(client, name, key, existing)
             if not parent_run_id:
                 client.set_terminated(run_id, "FINISHED")
@@ -185,6 +187,16 @@ def _ensure_registered_model(client: Any, name: str) -> None:
     client.get_registered_model(name)
 
 
+def _description(root: Path, params: Params) -> str:
+    """What a person reads of a version first."""
+    text = f"Student of `{params.teacher.source}` on the text `{params.data.source}`."
+    perplexity = _read(root / "outputs" / "evaluate" / "evaluation.json").get("perplexity") or {}
+    teacher, student = (perplexity.get(side) for side in SIDES)
+    if teacher and student:
+        text += f" Perplexity {student:.4g}, {student / teacher:.4g} times the teacher's {teacher:.4g}."
+    return text
+
+
 def _own_run(root: Path, params: Params) -> str:
     return Run.start(root, "register", params=params, tags=device_tags()).id
 
@@ -221,7 +233,7 @@ def _origin(root: Path, params: Params, lock: Mapping[str, Any]) -> dict[str, st
         for side in SIDES:
             if side in result:
                 tags[f"{task}.{side}"] = f"{result[side]['value']:.4f} ± {result[side]['stderr']:.4f}"
-    return {key: value[:5000] for key, value in tags.items() if value}
+    return {key: value for key, value in tags.items() if value}
 
 
 def _log_model(client: Any, root: Path, run_id: str) -> tuple[str, str, str]:

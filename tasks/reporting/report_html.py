@@ -26,7 +26,7 @@ from lolcats_common.records import (
     control_line,
     training_of,
 )
-from lolcats_common.tables import interval, measured, number
+from lolcats_common.tables import LARGE, interval, measured, number
 
 TEMPLATE = "report.html.j2"
 CAPTIONS = {
@@ -49,8 +49,9 @@ WINDOW_ALONE = 1.02  # below this ratio of perplexities, the student hardly uses
 
 @dataclass(frozen=True)
 class Facts:
-    """What the report is made of: the stages' JSON files, as they are."""
+    """What the report is made of: the stages' JSON files, as they are. `made`: the day, as ``2026-11-29``."""
 
+    made: str
     evaluation: Evaluation
     speed: Speed
     metrics: dict[str, dict[str, float]]
@@ -86,6 +87,8 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
     )
     return environment.get_template(TEMPLATE).render(
         title=f"Linearized student of {facts.teacher.get('source', 'its teacher')}",
+        made=facts.made,
+        run=facts.runs.get("evaluate", {}).get("run_id"),
         lm_eval_version=evaluation.get("lm_eval_version"),
         left_out=evaluation.get("left_out"),
         headlines=_headlines(evaluation),
@@ -109,7 +112,7 @@ def page(facts: Facts, svgs: Mapping[str, str]) -> str:
 def _headlines(evaluation: Evaluation) -> Iterable[str]:
     """What a reader should know before any table."""
     teacher, student = (evaluation["perplexity"][side] for side in SIDES)
-    yield f"Perplexity {number(student)}, {number(student / teacher)} times the teacher's {number(teacher)}."
+    yield f"Perplexity {student:,.2f}, {student / teacher:.3f} times the teacher's {teacher:,.2f}."
     recall = [evaluation["recall"].get(side) for side in SIDES]
     if recall[0] and recall[1]:
         gap = max(recall[0], key=int)
@@ -117,13 +120,13 @@ def _headlines(evaluation: Evaluation) -> Iterable[str]:
         yield f"Copying over {gap} tokens: {after:.3f} of a string right, the teacher {before:.3f}."
     for name, task in evaluation["tasks"].items():
         before, after = (task[side]["value"] for side in SIDES)
-        yield f"{name}: {number(after)}, the teacher {number(before)} ({task['metric']})."
+        yield f"{name}: {_share(after)}, the teacher {_share(before)} ({task['metric']})."
     control = evaluation.get("control")
     if control is not None:
         outcome = "better" if student < control["perplexity"] else "worse"
         yield (
             f"A plain window of the student's bytes ({control['window']} tokens and the first {control['sinks']}),"
-            f" {training_of(control)}, has perplexity {number(control['perplexity'])}: the student is {outcome}."
+            f" {training_of(control)}, has perplexity {control['perplexity']:,.2f}: the student is {outcome}."
         )
     whole, off = evaluation["audit"].get("whole"), evaluation["audit"].get("linear_off")
     if whole is not None and off is not None:
@@ -133,7 +136,7 @@ def _headlines(evaluation: Evaluation) -> Iterable[str]:
 def _perplexity(perplexity: Mapping[str, float]) -> Table:
     labels: dict[str, str] = {**STEPS, "bigram": BIGRAM}  # type: ignore[dict-item]
     rows = [
-        (label, number(perplexity[step]), f"{number(perplexity[step] / perplexity['teacher'])}x")
+        (label, f"{perplexity[step]:,.2f}", f"{perplexity[step] / perplexity['teacher']:,.3f}x")
         for step, label in labels.items()
         if step in perplexity
     ]
@@ -147,17 +150,24 @@ def _tasks(evaluation: Evaluation) -> Table:
         row = [
             f"{name} ({task['metric']}, {task['items']} items)",
             *(measured(task[side]) for side in SIDES),
-            "" if chance is None else f"{chance:.2f}",
+            _share(chance),
         ]
         if recovered is None:
             row += ["", "", ""]
         else:
             bounds = recovered.get("chance_corrected_interval") or recovered["interval"]
-            row += [number(recovered["value"]), number(recovered.get("chance_corrected")), interval(bounds)]
+            row += [_share(recovered["value"]), _share(recovered.get("chance_corrected")), interval(bounds)]
         difference = paired["difference"] if paired else recovered.get("difference") if recovered else None
-        rows.append([*row, number(difference), number(paired.get("p_value") if paired else None)])
+        rows.append([*row, _share(difference, "+"), _share(paired.get("p_value") if paired else None)])
     header = ("task", *SIDES.values(), "chance", "recovery", "above chance", "95 %", "difference", "McNemar p")
     return Table(header, rows)
+
+
+def _share(value: float | None, sign: str = "") -> str:
+    """A share, a score or a probability with three decimals, as `measured` writes them; empty where there is none."""
+    if value is None or abs(value) >= LARGE:
+        return number(value)
+    return f"{value:{sign}.3f}"
 
 
 def _recall(evaluation: Evaluation) -> Table:

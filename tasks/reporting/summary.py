@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,9 @@ from tasks.versioning.dvc_graph import Reproduced
 
 REPORT = Path("reports") / "summary.json"
 NEXT = {
-    "runs, plots and the registry": ".venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db",
-    "the flow's runs": 'PREFECT_HOME="$PWD/.prefect" .venv/bin/prefect server start',
-    "let the student write": '.venv/bin/lolcats generate "def "',
-    "what a real model needs": ".venv/bin/lolcats doctor --preset llama3_1_8b",
+    "runs, plots and the registry": "ui",
+    "let the student write": 'generate "def " --temperature 0.7 --top-p 0.9',
+    "what a real model needs": "doctor --preset llama3_1_8b",
 }
 REUSED = {"ran": "ran", "restored": "reused (DVC's run cache)", "unchanged": "reused (unchanged)"}
 
@@ -159,8 +159,6 @@ def markdown(summary: Summary) -> str:
 
 def show(summary: Summary) -> None:
     """Print the tables to standard output."""
-    import sys
-
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -191,10 +189,16 @@ def show(summary: Summary) -> None:
     if reused:
         console.print(f"Reused: {', '.join(reused)}.", markup=False)
     if summary.get("experiment"):
-        console.print(f"DVC experiment: {summary['experiment']} (see `.venv/bin/dvc exp show`).", markup=False)
+        console.print(f"DVC experiment: {summary['experiment']} (see `{_program('dvc')} exp show`).", markup=False)
     console.print("\nNext:")
     for label, command in NEXT.items():
-        console.print(f"  {command}   # {label}", markup=False, soft_wrap=True)
+        console.print(f"  {_program('lolcats')} {command}   # {label}", markup=False, soft_wrap=True)
+
+
+def _program(name: str) -> str:
+    """How a program of this environment is called from here."""
+    folder = Path(sys.executable).parent
+    return str(folder.relative_to(Path.cwd()) / name) if folder.is_relative_to(Path.cwd()) else name
 
 
 def _registration(summary: Summary) -> str:

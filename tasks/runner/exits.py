@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +17,11 @@ _OPEN_FILES = "raise the limit (`ulimit -n`) or run less at a time"
 DENIED = {
     **{errno.EACCES: _OWNER, errno.EPERM: _OWNER, errno.EMFILE: _OPEN_FILES, errno.ENFILE: _OPEN_FILES},
     **dict.fromkeys(REFUSALS, "free space there and run the same command again"),
+    errno.ENOMEM: "give it more memory (`ulimit -v`) or less to do at a time",
 }
+# How libraries say it that keep no number: safetensors and tokenizers, then torch, the interpreter and the loader.
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+_MEMORY = re.compile(r"can't allocate memory|can't start new thread|failed to map segment|Cannot allocate memory")
 
 
 class Terminated(BaseException):
@@ -36,12 +41,23 @@ def print_error(message: str) -> None:
 def denial(error: BaseException | None) -> str | None:
     """What this machine denies to the user who runs the program, in one line; None where that is not what happened."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DENIED:
+        number = _number(error)
+        if number in DENIED:
             # What a program prints has no name.
-            place = error.filename or ("the output" if error.errno in REFUSALS else None)
-            return str(UserError(f"{f'{place}: ' if place else ''}{os.strerror(error.errno)}; {DENIED[error.errno]}"))
+            place = getattr(error, "filename", None) or ("the output" if number in REFUSALS else None)
+            return str(UserError(f"{f'{place}: ' if place else ''}{os.strerror(number)}; {DENIED[number]}"))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if isinstance(error, MemoryError) or _MEMORY.search(str(error)):
+        return errno.ENOMEM
+    match = _NUMBER.search(str(error))
+    return int(match[1]) if match else None
 
 
 def run_and_report(work: Callable[[], object], name: str, on_error: Callable[[str], object] = print_error) -> int:

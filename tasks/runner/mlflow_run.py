@@ -33,6 +33,14 @@ from tasks.runner.servers import require_answer
 
 logger = logging.getLogger(__name__)
 EXPERIMENT = "lolcats"
+# What MLflow's UI reads: an experiment's kind (training opens with runs and charts, not with traces), a description.
+KIND, NOTE = "mlflow.experimentKind", "mlflow.note.content"
+EXPERIMENT_TAGS = {
+    KIND: "custom_model_development",
+    NOTE: "Each `lolcats run` is a run with the results, named by preset, overrides and the student's perplexity over "
+    "the teacher's. The runs of its stages hang from it, with their losses. `lolcats status` lists them, too.",
+}
+FLOW_TAG = "flow"
 PARENT_VARIABLE = "LOLCATS_PARENT_RUN_ID"
 PARENT_TAG = "mlflow.parentRunId"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -73,7 +81,7 @@ def _without_login(uri: str) -> str:
 
 
 def connect(root: Path) -> Any:
-    """An `MlflowClient` on the project's store.
+    """A client of the project's store, through which no secret passes.
 
     Raises:
         Unavailable: the store cannot be reached.
@@ -87,7 +95,8 @@ def connect(root: Path) -> Any:
         os.environ[RETRIES] = "3"
     quiet_libraries()
     import mlflow
-    from mlflow import MlflowClient
+
+    from tasks.runner.mlflow_client import RedactingClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -99,7 +108,7 @@ def connect(root: Path) -> Any:
         # The registry's database store looks logged models up in the global address, not in its client's.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = RedactingClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         if database:
             moved_store.follow(database, EXPERIMENT)
@@ -114,8 +123,10 @@ def _database(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without secrets, or its type where it has none."""
-    lines = redacted(str(error)).strip().splitlines()
+    """The first line of an error's text that says something, without secrets, or its type where there is none."""
+    lines = [
+        line for line in redacted(str(error)).strip().splitlines() if not line.startswith("(raised as a result of")
+    ]
     return lines[0] if lines else type(error).__name__
 
 
@@ -137,13 +148,16 @@ def experiment_id(client: Any) -> str:
         database = _database(client.tracking_uri)
         location = moved_store.artifacts_of(database).as_uri() if database else None
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            return str(client.create_experiment(EXPERIMENT, artifact_location=location, tags=EXPERIMENT_TAGS))
         except Exception:  # another process made it in the meantime
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         client.restore_experiment(found.experiment_id)
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in found.tags:  # one of before; what a person chose since stays
+            client.set_experiment_tag(found.experiment_id, key, value)
     return str(found.experiment_id)
 
 
@@ -231,20 +245,26 @@ class Run:
             "mlflow.source.git.commit": commit,
             "git.dirty": str(dirty).lower(),
             "process": process_tag(os.getpid()),
-            **{f"version.{key}": value for key, value in versions().items()},
             **(tags or {}),
         }
         if parent := os.environ.get(PARENT_VARIABLE):
             all_tags[PARENT_TAG] = parent
-        created = client.create_run(
-            experiment_id(client), run_name=name, tags={key: redacted(value) for key, value in all_tags.items()}
-        )
-        return cls(client, created.info.run_id)
+        created = client.create_run(experiment_id(client), run_name=name, tags=all_tags)
+        run = cls(client, created.info.run_id)
+        with contextlib.suppress(Exception):  # a store that takes no files is said where a result is lost
+            run.log_text(json.dumps(versions(), indent=2), "versions.json")
+        return run
+
+    def describe(self, text: str, name: str | None = None) -> None:
+        """Give the run a description in Markdown and, with `name`, another name."""
+        self.set_tags({NOTE: text})
+        if name:
+            self.client.update_run(self.id, name=name[:250])
 
     def _log_params(self, flat: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        entities = [Param(key, redacted(value)[:6000]) for key, value in flat.items()]
+        entities = [Param(key, value) for key, value in flat.items()]
         for start in range(0, len(entities), 100):
             self.client.log_batch(self.id, params=entities[start : start + 100])
 
@@ -306,7 +326,7 @@ class Run:
             name=name[:500],
             digest=digest[:36] or hashlib.sha256(source.encode()).hexdigest()[:36],
             source_type="local",
-            source=json.dumps({"uri": redacted(source)}),
+            source=json.dumps({"uri": source}),
             profile=json.dumps(dict(profile)) if profile else None,
         )
         tag = InputTag("mlflow.data.context", context)
@@ -314,13 +334,13 @@ class Run:
 
     def log_text(self, text: str, path: str) -> None:
         """Store `text` as the artifact `path`."""
-        self.client.log_text(self.id, redacted(text), path)
+        self.client.log_text(self.id, text, path)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set several tags in one call."""
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.id, tags=[RunTag(key, redacted(str(value))[:5000]) for key, value in tags.items()])
+        self.client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def finish(self, status: str = "FINISHED", message: str | None = None) -> None:
         """End the run as FINISHED, FAILED or KILLED, with the error's text as a tag."""
@@ -331,7 +351,7 @@ class Run:
         self.flush()
         try:
             if message:
-                self.client.set_tag(self.id, "error", redacted(message)[:5000])
+                self.client.set_tag(self.id, "error", message)
             self.client.set_terminated(self.id, status)
         except Exception as error:
             logger.warning("MLflow run %s could not be ended as %s: %s", self.id, status, first_line(error))
@@ -363,10 +383,10 @@ def process_tag(pid: int) -> str:
 
 
 def close_abandoned(root: Path, name: str) -> None:
-    """End runs called `name` that are marked as running although their process on this machine is gone."""
+    """End runs of the flow `name` that are marked as running although their process on this machine is gone."""
     client = connect(root)
     running = client.search_runs(
-        [experiment_id(client)], filter_string=f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+        [experiment_id(client)], filter_string=f"attributes.status = 'RUNNING' and tags.{FLOW_TAG} = '{name}'"
     )
     for run in running:
         node, _, rest = run.data.tags.get("process", "").partition(" ")

@@ -317,7 +317,7 @@ def _run_stage(name: str, root: Path, params: Params, run: Work | None, prefligh
             write_json(out / "metrics.json", metrics)
             written_by = os.environ.get(REPRO_VARIABLE)
             write_json(out / STATE, {"run_id": mlflow_run.id, "stage": name, "key": key, "repro": written_by})
-        mlflow_run.log_metrics({f"final/{k}": v for k, v in metrics.items()})
+        stage.log_text("metrics.json", json.dumps(metrics, indent=2, sort_keys=True))
     except BaseException as error:
         with _signals_held():
             killed = isinstance(error, Terminated | KeyboardInterrupt)

@@ -17,8 +17,9 @@ from tasks.runner.git import git
 from tasks.versioning.worktrees import overrides
 
 SOURCES_VARIABLE = "LOLCATS_SOURCES"
-# Sections that say what is written outside the project, fetched by itself, or let through: the owner's alone.
-OWNED = ("register", "gates", "relinearize")
+# Sections that say what is written outside the project, fetched by itself, measured for the gates, or let through: the
+# owner's alone. Without a task and a gap there is nothing that a gate could refuse.
+OWNED = ("register", "gates", "relinearize", "evaluate")
 
 
 def check_allowed(root: Path, preset: str | None, values: Mapping[str, Any] | None) -> None:
@@ -41,7 +42,8 @@ def check_allowed(root: Path, preset: str | None, values: Mapping[str, Any] | No
         _check_owned(section, getattr(own, section), getattr(asked, section))
     if asked.teacher.source not in (own.teacher.source, BUILTIN):
         folder = source_path(asked.teacher.source, root)
-        _check_inside(root, "teacher.source", asked.teacher.source, [folder, *_below(folder)])
+        _check_inside(root, "teacher.source", asked.teacher.source, [folder])  # before it is walked through
+        _check_inside(root, "teacher.source", asked.teacher.source, _below(folder))
     if asked.data.source not in (own.data.source, BUILTIN):
         _check_inside(root, "data.source", asked.data.source, _texts(asked, root))
     _check_trust(_params(committed), asked)

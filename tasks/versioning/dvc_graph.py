@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from configobj import ConfigObj
+from configobj import ConfigObj, ConfigObjError
 
 from lolcats_common.errors import Unavailable, UserError
 from lolcats_common.params import read_yaml
@@ -95,7 +95,8 @@ def run_dvc(root: Path, *arguments: str, env: Mapping[str, str] | None = None) -
         logger.info("DVC is busy in another process, waiting (%d of %d)", attempt + 1, LOCK_RETRIES)
         time.sleep(LOCK_WAIT_SECONDS)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    raise UserError(f"`dvc {' '.join(arguments)}` failed: {lines[0] if lines else f'exit code {done.returncode}'}")
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines  # warnings may stand before
+    raise UserError(f"`dvc {' '.join(arguments)}` failed: {errors[0] if errors else f'exit code {done.returncode}'}")
 
 
 def repair(root: Path) -> None:
@@ -118,13 +119,25 @@ def repair(root: Path) -> None:
             rwlock.unlink(missing_ok=True)
 
 
+def read_settings(file: Path) -> ConfigObj:
+    """A file of DVC's settings; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return ConfigObj(str(file), encoding="utf-8", interpolation=False)
+    except (ConfigObjError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}; correct it, or remove it to lose what it sets") from None
+
+
 def follow_git(root: Path) -> None:
     """Let DVC work without git where there is none, such as in an unpacked archive, and with it from `git init` on."""
     local = root / ".dvc" / "config.local"
     checkout = any((folder / ".git").exists() for folder in (root, *root.parents))
     if checkout and not local.is_file():
         return
-    settings = ConfigObj(str(local), encoding="utf-8", interpolation=False)
+    settings = read_settings(local)
     core = settings.setdefault("core", {})
     if (core.get("no_scm") == "true") != checkout:
         return

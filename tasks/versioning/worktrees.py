@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,16 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Worktree:
-    """Where a run works. `name`: its DVC experiment's, None in the main checkout. `environment`: for its stages."""
+    """Where a run works. `name`: its DVC experiment's, None in the main checkout. `environment`: for its stages.
+
+    `label`: the preset and the overrides, for people; empty where there are none.
+    """
 
     name: str | None
     root: Path
     params: Params
     environment: dict[str, str]
+    label: str = ""
 
 
 def overrides(preset: str | None, values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -59,6 +64,21 @@ def overrides(preset: str | None, values: Mapping[str, Any] | None) -> dict[str,
     if values is not None and not isinstance(values, Mapping):
         raise ParamsError(f"`set` must be a mapping of keys to values, got {type(values).__name__}")
     return apply_overrides(read_preset(preset) if preset else {}, dict(values or {}))
+
+
+def label(preset: str | None, values: Mapping[str, Any] | None) -> str:
+    """A preset and overrides in one line, such as ``llama3_1_8b transfer.lr=0.005``; at most 120 characters."""
+
+    def flat(prefix: str, value: Any) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from flat(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield f"{prefix}={value}"
+
+    return textwrap.shorten(
+        " ".join([*([str(preset)] if preset else []), *flat("", values or {})]), 120, placeholder=" …"
+    )
 
 
 def overridden(root: Path, base: dict[str, Any], values: Mapping[str, Any]) -> tuple[dict[str, Any], Params]:
@@ -119,7 +139,7 @@ def prepare(root: Path, preset: str | None, values: Mapping[str, Any] | None, na
     merged, params = overridden(root, head, laid_over)
     write_text(folder / "params.yaml", yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
     _share_settings(root, folder)
-    return Worktree(name, folder, params, _environment(root, folder))
+    return Worktree(name, folder, params, _environment(root, folder), label(preset, values))
 
 
 def _checkout(root: Path, worktree: Path, commit: str) -> None:
@@ -153,7 +173,7 @@ def _share_settings(root: Path, worktree: Path) -> None:
     local = ConfigObj(encoding="utf-8", interpolation=False)
     for name in ("config", "config.local"):
         if (root / ".dvc" / name).is_file():
-            local.merge(ConfigObj(str(root / ".dvc" / name), encoding="utf-8", interpolation=False))
+            local.merge(dvc_graph.read_settings(root / ".dvc" / name))
     for section, settings in local.items():
         for key in PATHS.intersection(settings) if section.startswith("remote ") else ():
             if "://" not in settings[key]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import json
 import logging
 import sqlite3
 import sys
+import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -21,7 +26,7 @@ PASSWORD, TOKEN = "SUPERSECRETPW", "hf_averysecrettoken"
 
 @pytest.fixture(autouse=True)
 def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    factory, hook = logging.getLogRecordFactory(), sys.excepthook
+    factory, hook, of_threads = logging.getLogRecordFactory(), sys.excepthook, threading.excepthook
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "harmless")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
@@ -29,7 +34,7 @@ def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     yield
     logging.setLogRecordFactory(factory)
-    sys.excepthook = hook
+    sys.excepthook, threading.excepthook = hook, of_threads
 
 
 @pytest.mark.parametrize(
@@ -38,6 +43,9 @@ def _secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"http://bob:{PASSWORD}@host:9/x", f"http://{MASK}@host:9/x"),
         (f"postgresql://bob:a@{PASSWORD}@host/db", f"postgresql://{MASK}@host/db"),
         (f"https://host/x?access_token={PASSWORD}&n=1", f"https://host/x?access_token={MASK}&n=1"),
+        (f"http://bob:a/b?{PASSWORD}#c@host:9/x", f"http://{MASK}@host:9/x"),
+        (f"https://host/x?sv=1&sig={PASSWORD}", f"https://host/x?sv=1&sig={MASK}"),
+        ("http://host:9/a@b http://[::1]:9/a@b", "http://host:9/a@b http://[::1]:9/a@b"),
         (f"Bearer {TOKEN}.", f"Bearer {MASK}."),
         ("mail bob@host, http://host/a@b, harmless", "mail bob@host, http://host/a@b, harmless"),
     ],
@@ -52,6 +60,49 @@ def test_a_password_of_an_address_in_the_environment_is_masked_where_it_stands_a
 ) -> None:
     monkeypatch.setenv("DATABASE_URL", f"postgresql://bob:{PASSWORD}%21@host/db")
     assert redacted(f"password {PASSWORD}! is wrong") == f"password {MASK} is wrong"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASSWORD",
+        "MYSQL_PWD",
+        "DB_PASS",
+        "OPENAI_APIKEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "SSH_PASSPHRASE",
+        "AWS_SECRET_ACCESS_KEY",
+        "LOLCATS_WEBHOOK_URL",
+        "REGISTRY_CREDENTIALS",
+    ],
+)
+def test_a_variable_is_secret_by_how_its_words_end(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, PASSWORD)
+    monkeypatch.setenv("OLDPWD", "/a/directory")
+    assert redacted(f"{PASSWORD} in /a/directory") == f"{MASK} in /a/directory"
+
+
+def test_a_secret_is_masked_however_a_text_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = 'pä"ss/w<rd>'
+    monkeypatch.setenv("LOLCATS_AUTH", f"bob:{secret}")
+    header = base64.b64encode(f"bob:{secret}".encode()).decode()
+    address = urllib.parse.quote(secret, safe="")
+    for text in (json.dumps(secret)[1:-1], repr(secret)[1:-1], html.escape(secret), header, address):
+        assert redacted(f"Basic {text} is wrong") == f"Basic {MASK} is wrong", text
+
+
+def test_no_thread_tells_a_secret_when_it_dies(capsys: pytest.CaptureFixture[str]) -> None:
+    keep_secrets()
+
+    def die() -> None:
+        raise RuntimeError(TOKEN)
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    thread.join()
+    shown = capsys.readouterr().err
+    assert f"RuntimeError: {MASK}" in shown
+    assert TOKEN not in shown
 
 
 def test_a_stage_that_cannot_reach_its_server_tells_no_password(

@@ -52,12 +52,12 @@ def test_a_run_keeps_its_records_in_postgres_and_its_bytes_in_the_s3_store(
 
         def deployed() -> bool:
             try:
-                return bool(servers.deployment("rollback/local"))
+                return bool(servers.deployment("rollback/previous"))
             except urllib.error.HTTPError:
                 return False
 
         servers.wait(deployed, "the deployments")
-        state = servers.ended(servers.run("linearize/local"))
+        state = servers.ended(servers.run("linearize/by-hand"))
         assert state["name"] == "Completed", state["message"] + composed.log()
 
         (version,) = rows(composed, "mlflow", "SELECT version, source FROM model_versions")

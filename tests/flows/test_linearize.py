@@ -77,10 +77,12 @@ def test_only_what_changed_runs_again_and_the_model_is_registered_once(short_pro
     for expected in ("perplexity, swapped, without transfer", "10x", "0.500 ± 0.100", "lolcats-demo version 1"):
         assert expected in table
     assert set(states(short_project).values()) == {"ran"}
-    parents = [run for run in all_runs(short_project) if run.info.run_name == "linearize"]
-    children = [run for run in all_runs(short_project) if run.info.run_name != "linearize"]
-    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
-    assert {run.info.status for run in parents + children} == {"FINISHED"}
+    (parent,) = (run for run in all_runs(short_project) if run.data.tags.get("flow") == "linearize")
+    children = [run for run in all_runs(short_project) if run.info.run_id != parent.info.run_id]
+    assert parent.info.run_name == "linearize: 1.200x"
+    assert "The teacher `builtin`" in parent.data.tags["mlflow.note.content"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     version = connect(short_project).get_model_version_by_alias("lolcats-demo", "candidate")
     assert version.tags["teacher.revision"] == "r1"
     assert {f"run.{run.info.run_name}" for run in children} <= set(version.tags)
@@ -113,7 +115,8 @@ def test_overrides_run_in_a_worktree_and_end_as_a_dvc_experiment(short_project: 
         [sys.executable, "-m", "dvc", "exp", "list", "--name-only"], cwd=short_project, capture_output=True, text=True
     )
     assert listed.stdout.split() == [name]
-    assert {run.info.run_name for run in all_runs(short_project)} == {"linearize", "teacher", "finetune", "evaluate"}
+    names = {run.info.run_name.partition(":")[0] for run in all_runs(short_project)}
+    assert names == {"linearize finetune.lr=0.5", "teacher", "finetune", "evaluate"}
     assert not (worktree / "mlflow.db").exists()
 
     lolcats(short_project, "run", "--set", "finetune.lr=0.5", "--no-register")
@@ -192,7 +195,7 @@ def test_what_this_machine_can_tell_to_be_wrong_leaves_no_run_and_no_worktree(
     (short_project / "mlflow.db").unlink()
     log = tmp_path / "log"
     assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", override).wait(LAST_RESORT) == 1
-    (line,) = log.read_text().strip().splitlines()
+    *_, line = log.read_text().strip().splitlines()
     assert line.startswith("Error: ")
     assert said in line
     assert not (short_project / "mlflow.db").exists()
@@ -211,7 +214,7 @@ def test_a_server_that_is_down_is_said_with_advice_before_the_flow_begins(
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     log = tmp_path / "log"
     assert start(short_project, log, "-m", "tasks.cli.main", "run", "--set", "seed=1").wait(LAST_RESORT) == 1
-    (line,) = log.read_text().strip().splitlines()
+    *_, line = log.read_text().strip().splitlines()
     assert f"at {value} does not answer (Connection refused); start it (`make serve`), correct {variable}" in line
     assert not (short_project / ".worktrees").exists()
 

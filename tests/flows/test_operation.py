@@ -116,7 +116,7 @@ def test_schedule_event_promotion_refusal_and_rollback(operated: Operated) -> No
     assert versions(root) == 3
 
     # Back: the first student serves again, byte for byte.
-    assert servers.ended(servers.run("rollback/local"))["type"] == "COMPLETED", servers.log()
+    assert servers.ended(servers.run("rollback/previous"))["type"] == "COMPLETED", servers.log()
     assert champion(root) == first
     assert champion(root, PREVIOUS) == second
 
@@ -157,7 +157,7 @@ def test_both_servers_ask_for_the_login(operated: Operated) -> None:
 def test_a_run_with_overrides_by_the_command_line_ends_as_an_experiment_of_its_own(operated: Operated) -> None:
     values = json.dumps({"finetune.lr": 0.0125})
     chosen = ["-p", "preset=mistral_7b", "-p", f"set={values}", "-p", "register=false", "--watch"]
-    done = operated.servers.call("prefect", "deployment", "run", "linearize/local", *chosen)
+    done = operated.servers.call("prefect", "deployment", "run", "linearize/by-hand", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr + operated.servers.log()
     (worktree,) = operated.root.glob(".worktrees/mistral-7b-*")
     params = yaml.safe_load((worktree / "params.yaml").read_text())
@@ -229,7 +229,7 @@ def test_a_rollback_waits_until_mlflow_answers_again(operated: Operated) -> None
     servers.absent = {"mlflow"}
     for process in (mlflow, *mlflow.children()):
         process.kill()
-    run = servers.run("rollback/local")
+    run = servers.run("rollback/previous")
     servers.wait(lambda: "trying again" in servers.log()[said:], "a second attempt")
     servers.bring_back()
     state = servers.ended(run)

@@ -33,16 +33,16 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.data.images import ImageRows
 from lolcats_core.model.families import PREFIX, VISION, modality, vision_family_of
 from lolcats_core.model.feature_maps import FeatureMaps
-from lolcats_core.model.forward_context import LayerObserver, check_attention
+from lolcats_core.model.forward_context import LayerObserver, check_attention, function_name
 from lolcats_core.model.modeling import AUTO_CLASSES, LINEARIZED, OTHER_KINDS, LinearizedConfigMixin, StudentMixin
 from lolcats_core.model.softmax_attention import KeptGroups
 from lolcats_core.model.vision.attention import IMAGE_ATTENTION, image_attention_forward
 from lolcats_core.model.vision.context import ImagePass, grid_of, patch_grid, prefix_tokens
 
 Images = Tensor | Mapping[str, Tensor] | Iterable[Tensor | Mapping[str, Tensor]]
-transformers.AttentionInterface.register(IMAGE_ATTENTION, image_attention_forward)
+transformers.AttentionInterface.register(function_name(IMAGE_ATTENTION), image_attention_forward)
 # Kept heads are given the masks that transformers makes for its own function.
-AttentionMaskInterface.register(IMAGE_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(function_name(IMAGE_ATTENTION), sdpa_mask)
 
 
 class LinearizedVisionMixin(StudentMixin):
@@ -194,7 +194,8 @@ def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
         },
     )
     globals()[config_name] = config
-    AutoConfig.register(PREFIX + name, config, exist_ok=True)
+    if __name__.startswith("lolcats_core."):  # as for text: a checkpoint's copy serves that checkpoint alone
+        AutoConfig.register(PREFIX + name, config, exist_ok=True)
     AUTO_CLASSES[PREFIX + name] = {"AutoConfig": config}
     BACKBONES[name] = cast(Any, MODEL_MAPPING)[base_config]
     for auto, mapping in ((AutoModel, MODEL_MAPPING), (AutoModelForImageClassification, CLASSIFIERS)):

@@ -17,7 +17,7 @@ from lolcats_core.compute import numbers
 from lolcats_core.model.map_files import load_feature_maps, save_feature_maps
 from lolcats_core.teacher.checks import WEIGHTS
 from lolcats_core.teacher.pin import Teacher
-from tasks.cli.generation import Generator
+from tasks.cli.generation import Generator, Sampling
 from tests.core.teacher.test_pin import make_teacher, pinned, resolve
 from tests.core.tiny import byte_teacher, byte_tokenizer
 
@@ -76,7 +76,7 @@ def test_a_student_that_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
     name = next(name for name in load_file(tmp_path / "model" / WEIGHTS) if "down_proj" in name)
     spoil(tmp_path / "model" / WEIGHTS, name, float("nan"))
     with pytest.raises(UserError, match=rf"the tensor {name} holds NaN"):
-        Generator(tmp_path / "model", 1, 0.0)
+        Generator(tmp_path / "model", Sampling(1))
     maps = tmp_path / "maps.safetensors"
     next(p for n, p in student.named_parameters() if "feature_maps" in n).data.fill_(float("inf"))
     save_feature_maps(student, maps)

@@ -138,6 +138,7 @@ def test_parts_roles_and_columns_of_other_forms_are_read() -> None:
     shared = {"system": "be kind", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     roles = [message["role"] for message in read_conversation(shared)["messages"]]
     assert roles == ["system", "user", "assistant"]
+    assert read_conversation({"messages": json.dumps(record["messages"])}) == record
 
 
 @pytest.mark.parametrize("tools", ["no JSON", [1], '{"a": 1}', 3])

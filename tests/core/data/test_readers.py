@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from lolcats_common.params import DataParams
 from lolcats_core.data import readers
 from lolcats_core.data.readers import file_records
 from lolcats_core.data.sources import raw_records
+from tests.conftest import ROOT
+from tests.flows.operations import LIGHT
 
 LIMIT = 4_000_000
 RECORDS: list[dict[str, Any]] = [
@@ -161,6 +165,8 @@ def test_objects_of_a_table_have_no_keys_that_they_lack(tmp_path: Path) -> None:
         ({"a.json": [{"text": "json"}], "notes.md": "text"}, ["text"]),
         ({"a.json": [{"text": "json"}], "b.jsonl": [{"text": "line"}], "a.txt": "text"}, ["line"]),
         ({"README.md": "about"}, ["about"]),
+        ({"A.JSONL": [{"text": "line"}], "b.ndjson": [{"text": "new"}], "C.TXT": "text"}, ["line", "new"]),
+        ({"A.TXT": "text", "__init__.py": ""}, ["text"]),
     ],
 )
 def test_of_a_directory_the_files_that_are_records_are_read(
@@ -184,8 +190,113 @@ def test_a_value_that_a_dictionary_repeats_is_not_decoded_for_many_rows_at_once(
     assert most < 12 * size  # 64 of them were decoded at once
 
 
+def varint(number: int, length: int = 0) -> bytes:
+    """A number as Thrift writes it, with bytes that say nothing up to `length`."""
+    rest, parts = number << 1, []
+    while rest or len(parts) < max(length, 1):
+        parts.append(rest & 0x7F)
+        rest >>= 7
+    return bytes(part | 0x80 for part in parts[:-1]) + bytes(parts[-1:])
+
+
+def lie(path: Path, true: int, said: int) -> None:
+    """Let a file's footer say another number, as often as it says this one."""
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    written = varint(true)
+    assert written in data[start:-8]
+    path.write_bytes(data[:start] + data[start:-8].replace(written, varint(said, len(written))) + data[-8:])
+
+
+READ = """
+import json, resource, sys
+from pathlib import Path
+import pyarrow.compute, pyarrow.parquet
+from lolcats_common.errors import UserError
+from lolcats_core.data.readers import file_records
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]),) * 2)
+try:
+    found = [raw.reason or len(raw.fields) for raw in file_records(Path(sys.argv[1]), "x", 4_000_000)]
+except UserError as error:
+    found = str(error)
+print(json.dumps(found))
+"""
+
+
+def read_within(path: Path, size: int) -> Any:
+    """What a process that gets at most `size` bytes more than it has reads from a file: its records or the error."""
+    (path.parent / "lolcats_core.py").write_text(LIGHT.format(library=str(ROOT / "lolcats_core")))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{path.parent}{os.pathsep}{ROOT}",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+    }
+    command = [sys.executable, "-c", READ, str(path), str(size)]
+    done = subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_page_that_the_footer_says_is_small_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path, size = tmp_path / "x.parquet", 80 << 20
+    pq.write_table(pa.table({"text": ["a" * size]}), path, compression="zstd", use_dictionary=False)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    for number in {chunk.total_uncompressed_size, pq.read_metadata(path).row_group(0).total_byte_size}:
+        lie(path, number, 100)
+    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 100
+    assert "of its column text decode to 8388" in read_within(path, 64 << 20)
+
+
+def test_a_text_that_stands_in_a_dictionary_is_not_written_out_for_every_element_of_a_list(tmp_path: Path) -> None:
+    path, text = tmp_path / "x.parquet", "a" * (1 << 20)
+    contents = pa.DictionaryArray.from_arrays(pa.array([0] + [1] * 1000, pa.int32()), ["b", text])
+    messages = pa.StructArray.from_arrays([pa.array(["user"] * 1001), contents], ["role", "content"])
+    chats = pa.ListArray.from_arrays([0, 1, 1001], messages)
+    pq.write_table(pa.table({"messages": chats}), path, compression="zstd", dictionary_pagesize_limit=1 << 24)
+    assert path.stat().st_size < 3000
+    # The second record takes a gibibyte.
+    found = read_within(path, 128 << 20)
+    assert found[0] == 1
+    assert found[1].endswith("above `data.max_record_bytes` 4000000")
+
+
+@pytest.mark.parametrize("said", [0, 1, 63, 2000])
+def test_a_footer_that_lies_about_its_rows_ends_in_records_or_one_line(tmp_path: Path, said: int) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": [f"text {number}" for number in range(1500)]}), path)
+    lie(path, 1500, said)
+    found = read_within(path, 64 << 20)
+    assert len(found.splitlines()) == 1 if isinstance(found, str) else len(found) <= 2000
+
+
+def test_more_values_than_the_file_can_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_VALUES", 50_000)
+    monkeypatch.setattr(readers, "_PACKED", 10)
+    path = tmp_path / "x.parquet"
+    nothing = pa.ListArray.from_arrays([0, 100_000], pa.nulls(100_000, pa.string()))
+    pq.write_table(pa.table({"messages": nothing}), path)
+    with pytest.raises(UserError, match=r"of its column messages.list.element decode to \d+ bytes and 100000 values"):
+        list(file_records(path, "x", LIMIT))
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0xFF])
+def test_what_is_no_page_is_said_in_one_line(tmp_path: Path, byte: int) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    data = bytearray(path.read_bytes())
+    data[4:24] = bytes([byte]) * 20
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged after row 0") as caught:
+        list(file_records(path, "x", LIMIT))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_column_that_decodes_to_far_more_than_the_file_holds_is_refused_before(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["a" * (70 << 20)]}), path, compression="zstd", use_dictionary=False)
-    with pytest.raises(UserError, match=r"of its column text decode to \d+; a column may be packed at most 1000 times"):
+    with pytest.raises(
+        UserError, match=r"of its column text decode to \d+ bytes and 1 values; it may be packed at most 1000 times"
+    ):
         list(file_records(path, "x", 1 << 30))

@@ -89,6 +89,9 @@ def test_bos_leads_each_document_where_the_tokenizer_adds_one() -> None:
         ({"text": "a"}, "text"),
         ({"instruction": "a", "output": "b", "text": "c"}, "alpaca"),
         ({"messages": [], "text": "c"}, "messages"),
+        ({"messages": None, "instruction": None, "output": None, "text": "c"}, "text"),  # a row of a mixed table
+        ({"conversations": None, "instruction": "a", "output": "b"}, "alpaca"),
+        ({"messages": None, "tools": []}, "messages"),
     ],
 )
 def test_the_shape_is_read_from_the_columns(fields: dict[str, Any], shape: str) -> None:

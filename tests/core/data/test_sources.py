@@ -107,6 +107,27 @@ def test_readmes_and_hidden_files_beside_data_are_no_records(tmp_path: Path) -> 
     assert [fields for fields, _ in read(".", tmp_path)] == [{"text": "a"}]
 
 
+def test_what_a_directory_holds_besides_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "b.csv", "c.CSV", "d.jsonl", ".hidden"):
+        (tmp_path / name).write_text("" if name == "d.jsonl" else '{"text": "a"}\n')
+    (tmp_path / "elsewhere").symlink_to(tmp_path)
+    assert read(".", tmp_path) == [({"text": "a"}, None)]
+    assert "of . 1 files are read; not read: 2 .csv, 1 empty, 1 link to a folder" in caplog.text
+
+
+def test_a_link_to_nothing_and_a_folder_of_datasets_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "saved" / "train").mkdir(parents=True)
+    for name in ("dataset_dict.json", "train/state.json", "train/data-00000-of-00001.arrow"):
+        (tmp_path / "saved" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds \.arrow files, which are not read; write Parquet"):
+        read("saved", tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "text" / "b.jsonl").symlink_to("/unmounted/b.jsonl")
+    with pytest.raises(UserError, match=r"b\.jsonl is a link to /unmounted/b\.jsonl, which does not exist"):
+        read("text", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -45,6 +45,12 @@ def test_a_missing_commit_is_named() -> None:
     assert "--set teacher.revision=" in findings["revision"].detail
 
 
+def test_text_that_no_reader_takes_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    findings = {f.name: f for f in doctor(params_from_dict({"data": {"source": str(tmp_path / "rows.csv")}}), ROOT)}
+    assert (findings["data"].status, "rows.csv must end in" in findings["data"].detail) == ("missing", True)
+
+
 def test_offline_without_a_cache_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     findings = {finding.name: finding for finding in doctor(preset("mistral_7b"), ROOT)}

@@ -224,7 +224,7 @@ def test_what_cannot_be_linearized_is_named() -> None:
 
 def test_wrong_use_is_refused_in_one_line() -> None:
     model, ids = tiny_student(), tokens(1, 9)
-    with pytest.raises(UserError, match="must be a HybridCache, got DynamicCache"):
+    with pytest.raises(UserError, match="must be a HybridCache, got DynamicCache; leave it out"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(UserError, match=r"`attention_mask` of a linearized model must be \[B, S\]"):
         model(ids, attention_mask=torch.ones(1, 1, 9, 9))
@@ -241,20 +241,33 @@ import sys, torch
 sys.modules["lolcats_core"] = sys.modules["lolcats_kernels"] = None
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+other = AutoModelForCausalLM.from_pretrained(sys.argv[5], trust_remote_code=True)
 ids = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
+    try:
+        sys.exit(f"{type(other)} computed {other(ids).logits}")
+    except RuntimeError as error:
+        assert str(error) == "code of the other", error
     torch.save(model(ids).logits, sys.argv[3])
 model.save_pretrained(sys.argv[4])
+"""
+OTHER = """
+
+def hybrid_attention_forward(*args, **kwargs):
+    raise RuntimeError("code of the other")
 """
 
 
 @pytest.mark.slow
-def test_a_bare_directory_loads_bitwise_without_this_package(tmp_path: Path) -> None:
+def test_a_bare_directory_loads_bitwise_without_this_package_beside_another_with_other_code(tmp_path: Path) -> None:
     model, ids = tiny_student("qwen3"), tokens(2, 40)
-    model.save_pretrained(tmp_path / "a")
+    for name in ("a", "other"):
+        model.save_pretrained(tmp_path / name)
+    with (tmp_path / "other" / "lolcats_core_model_attention.py").open("a") as code:
+        code.write(OTHER)
     torch.save(ids, tmp_path / "ids")
     for source, copy in (("a", "b"), ("b", "c")):
-        arguments = [str(tmp_path / name) for name in (source, "ids", "logits", copy)]
+        arguments = [str(tmp_path / name) for name in (source, "ids", "logits", copy, "other")]
         environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, "-c", BARE, *arguments], check=True, cwd=tmp_path, env=environment)
         with torch.no_grad():

@@ -25,7 +25,7 @@ from lolcats_core.evaluation.code_continuation import Item, write_task
 from lolcats_core.evaluation.harness import run_lm_eval
 from lolcats_core.teacher.pin import resolve_teacher, write_pin
 from tasks.cli.export import export
-from tasks.cli.generation import stream
+from tasks.cli.generation import Sampling, stream
 from tasks.registry import register
 from tasks.versioning import dvc_graph
 from tests.core.export.test_delta import trained
@@ -98,7 +98,7 @@ def test_both_forms_are_the_finetuned_model_bitwise(
         assert AutoTokenizer.from_pretrained(folder)("def add")["input_ids"]
     assert not list(merged.parent.glob(".*"))
     for folder in (merged, delta):
-        stream(folder, "def add", 8, 0.0)
+        stream(folder, "def add", Sampling(8))
     first, second = capsys.readouterr().out.strip().split("def add")[1:]
     assert first.strip() == second.strip()
 

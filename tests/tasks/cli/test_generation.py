@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import lolcats_core as lc
-from tasks.cli.generation import Conversation, Generator, chat, stream
+from tasks.cli.generation import Conversation, Generator, Sampling, chat, stream
 from tests.core.tiny import sentencepiece_tokenizer, tiny_tokenizer
 
 
@@ -45,14 +45,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def say(path: Path, text: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    chat(path, **{"max_new_tokens": 12, "temperature": 0.0, **options})
+    chat(path, Sampling(**{"max_new_tokens": 12, **options}))
 
 
 @pytest.mark.parametrize("name", ["chat", "plain", "teacher", "sliding"])
 def test_every_reply_is_what_the_whole_conversation_read_anew_gives(
     name: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generator = Generator(models / name, 20, 0.0)
+    generator = Generator(models / name, Sampling(20))
     conversation, asked, read = Conversation(generator), [], []
     original, forward = generator.stream, generator.model.forward
 
@@ -78,7 +78,7 @@ def test_every_reply_is_what_the_whole_conversation_read_anew_gives(
 
 @pytest.mark.parametrize("scheme", ["prepend", "first", "always"])
 def test_a_line_is_given_no_space_that_the_text_does_not_have(scheme: str, models: Path) -> None:
-    generator = Generator(models / "plain", 5, 0.0)
+    generator = Generator(models / "plain", Sampling(5))
     for tokenizer in (sentencepiece_tokenizer(scheme), generator.tokenizer):
         generator.tokenizer = tokenizer
         for new in ("The capital", "\nThe", "\n\nThe", " The"):
@@ -87,7 +87,7 @@ def test_a_line_is_given_no_space_that_the_text_does_not_have(scheme: str, model
 
 
 def test_the_template_is_kept_over_turns(models: Path) -> None:
-    conversation = Conversation(Generator(models / "chat", 5, 0.0))
+    conversation = Conversation(Generator(models / "chat", Sampling(5)))
     for line in ("fox", "dog"):
         conversation.reply(line)
     text = conversation.generator.tokenizer.decode(conversation.ids[0])
@@ -96,7 +96,7 @@ def test_the_template_is_kept_over_turns(models: Path) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns_is_read_again(models: Path) -> None:
-    conversation = Conversation(Generator(models / "chat", 5, 0.0))
+    conversation = Conversation(Generator(models / "chat", Sampling(5)))
     conversation.generator.tokenizer.chat_template = (
         "{{ messages|length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
     )
@@ -140,5 +140,17 @@ def test_tokens_are_printed_as_they_come(models: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Base, "forward", counted)
     monkeypatch.setattr(sys, "stdout", Screen())
-    stream(models / "plain", "the quick brown fox", 10, 0.0)
+    stream(models / "plain", "the quick brown fox", Sampling(10))
     assert len(set(written)) >= 9
+
+
+def test_a_repetition_penalty_breaks_a_greedy_loop_and_the_smallest_top_p_is_greedy(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def written(**options: float) -> str:
+        stream(models / "plain", "the quick brown fox", Sampling(24, **options))  # type: ignore[arg-type]
+        return capsys.readouterr().out
+
+    greedy = written()
+    assert written(temperature=1.0, top_p=1e-6, seed=3) == greedy
+    assert written(repetition_penalty=2.0) != greedy

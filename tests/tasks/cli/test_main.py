@@ -11,6 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tasks.cli.main import app
+from tasks.cli.reasons import short
+from tasks.runner.store import read_overview
+from tasks.versioning.dvc_graph import run_dvc
 
 ROOT = Path(__file__).parents[3]
 
@@ -181,3 +184,36 @@ def test_status_of_a_fresh_project(here: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.count("would run") == 5
     assert "not registered yet" in result.output
+    assert max(len(line) for line in result.output.splitlines()) <= 80
+
+
+def test_a_dry_run_names_the_stages_that_other_parameters_concern_and_starts_nothing(here: Path) -> None:
+    run_dvc(here, "repro")
+    runs = len(read_overview(here).runs)
+    assert "would run" not in CliRunner().invoke(app, ["run", "--dry-run"]).output
+    dry = CliRunner().invoke(app, ["run", "--dry-run", "--set", "finetune.lr=0.5"])
+    assert dry.exit_code == 0, dry.output
+    lines = {line.split()[0]: line for line in dry.output.splitlines() if "would run" in line}
+    assert "`finetune" in lines["finetune"]
+    assert "the result of finetune" in lines["evaluate"]
+    assert "teacher" not in lines
+    assert not (here / ".worktrees").exists()
+    assert len(read_overview(here).runs) == runs
+
+
+@pytest.mark.parametrize(
+    ("reasons", "said"),
+    [
+        (
+            ["changed deps: lolcats_core/model, lolcats_core/teacher, outputs/prepare/train"],
+            "code (2), the result of prepare",
+        ),
+        (["changed deps: outputs/select/a, outputs/select/b, params.yaml"], "parameters, the result of select"),
+        (["changed deps: outputs/a/x, outputs/b/x, outputs/c/x"], "results of a, b and c"),
+        (["changed deps: package.yaml", "changed outs: outputs/inputs"], "the installed package"),
+        (["changed outs: outputs/inputs"], "changed outs"),
+        (["changed command"], "changed command"),
+    ],
+)
+def test_a_reason_is_a_few_words(reasons: list[str], said: str) -> None:
+    assert short(reasons) == said

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pickle
 import shutil
+import tarfile
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -77,22 +81,69 @@ def test_the_gates_load_the_stored_model_and_see_what_is_wrong_with_it(finished:
         run_gates(finished, NAME, GatesParams(), number)
 
 
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def archive(kind: str) -> bytes:
+    """A pickle in an archive; a zip file is one whatever stands before it."""
+    held, content = io.BytesIO(), pickle.dumps(Bomb(), 0)
+    if kind == "zip":
+        held.write(b"# a heading\n")
+        with zipfile.ZipFile(held, "a") as zipped:
+            zipped.writestr("data.pkl", content)
+    elif kind == "npz":
+        np.savez(held, a=np.array([Bomb()], dtype=object))
+    else:
+        with tarfile.open(fileobj=held, mode=f"w:{kind}") as tarred:
+            entry = tarfile.TarInfo("data.pkl")
+            entry.size = len(content)
+            tarred.addfile(entry, io.BytesIO(content))
+    return held.getvalue()
+
+
+# Contents that run something or hide what they are, each under every name that is known.
+HIDDEN = {
+    **{f"protocol {number}": pickle.dumps(Bomb(), number) for number in range(6)},
+    "pickle before text": pickle.dumps(Bomb(), 0) + b"\n# a heading\n",
+    "calls without a class": b"(S'executed'\nibuiltins\nprint\n.",
+    **{kind: archive(kind) for kind in ("zip", "npz", "", "gz", "bz2", "xz")},
+    "zeros": bytes(64),
+}
+
+
 def test_a_pickle_in_a_registered_model_is_never_loaded(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    (tmp_path / "MLmodel").write_text("flavors: {}")
-    gate_probe.check_files(tmp_path)
-    for name, content, problem in (
-        ("pytorch_model.bin", b"", "pytorch_model.bin is of no known kind"),
-        ("weights.npy", b"", "weights.npy is of no known kind"),
-        ("state.dill", b"", "state.dill is of no known kind"),
-        ("config.json", pickle.dumps({"a": 1}), "config.json holds a pickle"),
-        ("notes.txt", b"PK\x03\x04", "notes.txt holds a pickle or an archive"),
-        ("more.safetensors", pickle.dumps({"a": 1}), "more.safetensors holds no safetensors"),
-    ):
+    whole = {
+        "MLmodel": b"flavors: {}",
+        "config.json": b'{"a": [1]}',
+        "samples.jsonl": b'{"a": 1}\n[2]\n',
+        "tokenizer.model": b"\n\x0e\n\x05<unk>",
+        "code.py": b"class A:\n    x = 1\n",
+        "README.md": "common words, é\nI.\n".encode(),
+        "empty.txt": b"",
+    }
+    for name, content in whole.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=problem):
+    gate_probe.check_files(tmp_path)
+    for name in ("pytorch_model.bin", "weights.npy", "state.dill", "sub/a.pt", "a.pth", "a.JSON", "lib.so", "a.pyc"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"{name} is of no known kind"):
             gate_probe.check_files(tmp_path)
         (tmp_path / name).unlink()
+    for name in ("sub/x", "sub/x.json", "sub/x.jsonl", "sub/x.md", "sub/x.py", "sub/x.txt", "sub/x.model"):
+        for content in HIDDEN.values():
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=rf"{name} holds (a pickle|an archive|no \w+), only safetensors"):
+                pytest.fail(f"{name}: {content[:40]!r} gave {gate_probe.check_files(tmp_path)}")
+        (tmp_path / name).unlink()
+    for content in HIDDEN.values():
+        (tmp_path / "more.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"more\.safetensors holds no safetensors"):
+            gate_probe.check_files(tmp_path)
+    (tmp_path / "more.safetensors").unlink()
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="holds no safetensors file"):
         gate_probe.check_files(tmp_path)
@@ -114,6 +165,16 @@ def test_a_worse_version_is_refused_and_a_better_one_takes_over_and_back(finishe
     assert rollback(finished, NAME) == ("1", "3")
     assert aliases(finished) == {CHAMPION: "1", PREVIOUS: "3"}
     assert rollback(finished, NAME) == ("3", "1")
+
+
+@pytest.mark.parametrize("going", ["{", "[1]", '"champion"', '{"champion": "2"}'])
+def test_a_move_that_says_nothing_moves_nothing(finished: Path, going: str) -> None:
+    serve(finished, "m1")
+    connect(finished).set_registered_model_tag(NAME, "move", going)
+    with pytest.raises(UserError, match=r"its tag `move` must say where champion and previous go, got") as caught:
+        promote(finished, NAME, "1")
+    assert len(str(caught.value).splitlines()) == 1
+    assert aliases(finished) == {CHAMPION: "1"}
 
 
 def test_what_cannot_serve_is_refused_in_one_line(finished: Path) -> None:
@@ -238,7 +299,9 @@ def test_lineage_leads_to_the_commit_that_holds_dvc_lock(finished: Path) -> None
     assert run_git(finished, "show", f"{commit}:dvc.lock") == (finished / "dvc.lock").read_text()
     assert run_git(finished, "rev-parse", f"{commit}^").strip() == version.tags["git.commit"]
     assert run_git(finished, "status", "--porcelain") == "?? dvc.lock\n"
-    page = lineage.lineage(finished, NAME, CHAMPION)
+    short, page = (lineage.lineage(finished, NAME, CHAMPION, everything) for everything in (False, True))
+    assert commit in short
+    assert "dvc.md5.finetune" not in short
     for expected in (commit, "run.finetune", "r-finetune", "dvc.md5.finetune", "params.yaml", "gates: passed"):
         assert expected in page
     assert versions.version_status(finished, NAME, "1").aliases == ("candidate", CHAMPION)

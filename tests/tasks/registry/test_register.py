@@ -83,6 +83,8 @@ def test_a_version_says_where_it_comes_from(finished: Path) -> None:
     }
     assert expected.items() <= version.tags.items()
     assert {"version.torch", "version.transformers"} <= set(version.tags)
+    assert version.description.startswith("Student of `builtin`")
+    assert version.description.endswith("Perplexity 12, 1.2 times the teacher's 10.")
 
 
 @pytest.mark.parametrize("step", ["create_model_version", "set_registered_model_alias", "set_model_version_tag"])

@@ -13,6 +13,7 @@ COST: Any = {"prefill_tokens_per_second": 2000.0, "decode_tokens_per_second": 50
 
 def facts(**changed: Any) -> Facts:
     return Facts(
+        made="2026-11-29",
         evaluation={**EVALUATION, **changed},  # type: ignore[typeddict-item]
         speed={"teacher": COST, "finetuned": {**COST, "peak_bytes": 2.0**30}},
         metrics={"transfer": {"tokens": 4321, "stage_seconds": 12.5, "peak_memory_bytes": 1.5 * 2**30}},

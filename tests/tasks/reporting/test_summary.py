@@ -67,7 +67,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table_shows_every_number_that_the_report_holds(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_every_number_that_the_report_holds(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", str(Path.cwd() / ".venv" / "bin" / "python"))
     status = VersionStatus("4", False, "perplexity: it is 2, the bound is at most 1.5", ("candidate",))
     built = summary.build(root, STAGES, VERSION, "parent", "set-1", status)
     report = json.loads(summary.write(root, built).read_text())

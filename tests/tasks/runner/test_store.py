@@ -9,7 +9,7 @@ import pytest
 
 from lolcats_common.errors import Unavailable
 from tasks.runner import new_store
-from tasks.runner.mlflow_run import connect, experiment_id
+from tasks.runner.mlflow_run import KIND, NOTE, connect, experiment_id
 from tasks.runner.store import NEWEST, Overview, ask_client, read_overview
 
 
@@ -53,6 +53,18 @@ def test_a_damaged_store_is_one_line(fake_project: Path) -> None:
     (fake_project / "mlflow.db").write_bytes(b"not a database at all" * 100)
     with pytest.raises(Unavailable, match=r"mlflow\.db cannot be read"):
         read_overview(fake_project)
+
+
+def test_the_experiment_opens_as_model_training_and_a_kind_that_a_person_chose_stays(tmp_path: Path) -> None:
+    client = connect(tmp_path)
+    experiment = client.create_experiment("lolcats", tags={KIND: "genai_development"})  # as one of before may have
+    assert experiment_id(client) == experiment
+    tags = client.get_experiment(experiment).tags
+    assert tags[KIND] == "genai_development"
+    assert "`lolcats run`" in tags[NOTE]
+    client.delete_experiment_tag(experiment, KIND)
+    experiment_id(client)
+    assert client.get_experiment(experiment).tags[KIND] == "custom_model_development"
 
 
 def test_a_store_that_cannot_be_opened_is_said_to_be_so_at_once(

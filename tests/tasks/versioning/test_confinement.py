@@ -10,6 +10,7 @@ import pytest
 from lolcats_common.errors import UserError
 from lolcats_common.params import DataParams
 from lolcats_common.sources import find_text
+from tasks.versioning import confinement
 from tasks.versioning.confinement import SOURCES_VARIABLE, check_allowed
 from tests.conftest import run_git
 
@@ -63,12 +64,25 @@ def test_no_path_of_a_run_over_the_api_leaves_the_project(
             check_allowed(fake_project, None, values)
 
 
+@pytest.mark.parametrize("source", ["/", "/proc", "~", "link"])
+def test_what_lies_outside_is_not_walked_through(
+    fake_project: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    (fake_project / "link").symlink_to("/")
+    monkeypatch.setattr(confinement, "_below", lambda folder: pytest.fail(f"{folder} was walked through"))
+    for key in ("teacher.source", "data.source"):
+        with pytest.raises(UserError, match=LEADS_OUT):
+            check_allowed(fake_project, None, {key: source})
+
+
 def test_what_only_the_owner_decides_is_no_override(fake_project: Path) -> None:
     cases: list[tuple[Any, str]] = [
         ({"relinearize.drift_source": "/var/log/*.log"}, "`relinearize.drift_source` must stay"),
         ({"relinearize": {"follow_hub": True}}, "`relinearize.follow_hub` must stay"),
         ({"register.name": "production"}, "`register.name` must stay"),
         ({"gates.perplexity": "disabled"}, "`gates.perplexity` must stay"),
+        ({"evaluate.tasks": []}, "`evaluate.tasks` must stay"),
+        ({"evaluate": {"recall_gaps": [8], "recall_samples": 1}}, "`evaluate.recall_gaps` must stay"),
         ({"teacher.trust_remote_code": True}, "of builtin must stand"),
         ({"teacher": {"source": "a/b", "trust_remote_code": True}}, "of a/b must stand"),
         ({"data": "x"}, "`data` must be a mapping"),

@@ -184,3 +184,17 @@ def test_what_was_pulled_from_a_tampered_remote_is_seen_before_it_is_registered(
         dvc_graph.repro(name, shell_project, on_line=lambda line: None)
     assert (shell_project / "outputs" / "last" / "x").read_text() == "a"
     assert dvc_graph.changed(shell_project, anew=True) == {}
+
+
+@pytest.mark.slow
+def test_a_failing_dvc_is_told_by_its_error_and_not_by_a_warning_before_it(shell_project: Path) -> None:
+    (shell_project / ".git" / "refs" / "heads" / "broken").write_text("0" * 39 + "\n")
+    with pytest.raises(UserError, match="failed: ERROR: "):
+        collect(shell_project)
+
+
+@pytest.mark.parametrize("damaged", [b"[core\n", b"\xff\xfe[", b"[core]\nx\n"])
+def test_damaged_settings_are_one_line_that_names_the_file(shell_project: Path, damaged: bytes) -> None:
+    (shell_project / ".dvc" / "config.local").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"\.dvc/config\.local cannot be read: "):
+        dvc_graph.stages(shell_project)
