@@ -8,14 +8,15 @@ from typing import Any, Literal, get_args
 
 from lolcats_common.errors import UserError
 
-Window = Literal["terraced", "sliding", "none"]
+Window = Literal["terraced", "sliding", "tiled", "none"]
 FeatureMap = Literal["hedgehog", "t2r", "elu"]
 Combine = Literal["sum", "mixture"]
 FeaturePositions = Literal["rotated", "unrotated"]
-WINDOWS: tuple[str, ...] = get_args(Window)
+WINDOWS: tuple[str, ...] = ("terraced", "sliding", "none")
+IMAGE_WINDOWS: tuple[str, ...] = ("tiled", "none")
 FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 CHOICES: dict[str, tuple[str, ...]] = {
-    "window": WINDOWS,
+    "window": get_args(Window),
     "feature_map": FEATURE_MAPS,
     "combine": get_args(Combine),
     "feature_positions": get_args(FeaturePositions),
@@ -32,9 +33,10 @@ class LinearizeConfig:
 
     Attributes:
         window: which keys the softmax part sees. ``terraced``: own chunk (causal) and the whole previous chunk,
-            counted from the start of the sequence. ``sliding``: the ``window_size`` newest tokens. ``none``: pure
-            linear attention.
-        window_size: tokens in a chunk (terraced) or in the window (sliding); a power of two or a multiple of 64.
+            counted from the start of the sequence. ``sliding``: the ``window_size`` newest tokens. ``tiled`` (images
+            alone): a patch's own tile and the tokens before the patches. ``none``: pure linear attention.
+        window_size: tokens in a chunk (terraced) or in the window (sliding), patches along a side of a tile (tiled); a
+            power of two or a multiple of 64.
         window_sinks: first tokens of the sequence that the softmax part of linearized heads sees besides its window
             (arXiv 2309.17453); the linear part does not.
         combine: how window and linear part are joined. ``sum``: one denominator (published). ``mixture``: two means of
@@ -168,7 +170,32 @@ class LinearizeConfig:
     @property
     def window_reach(self) -> int:
         """The longest sequence, in tokens, of which the window alone sees all: up to it nothing is linear."""
-        return {"terraced": 2 * self.window_size, "sliding": self.window_size, "none": 0}[self.window]
+        return {"terraced": 2 * self.window_size, "sliding": self.window_size}.get(self.window, 0)
+
+    def check_text(self) -> None:
+        """Refuse what a causal decoder cannot have.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        if self.window not in WINDOWS:
+            raise UserError(f"`window` of a text model must be one of {', '.join(WINDOWS)}, got {self.window!r}")
+
+    def check_images(self) -> None:
+        """Refuse what a vision transformer cannot have: its tokens have no order, and there is no cache.
+
+        Raises:
+            UserError: naming the setting and its value.
+        """
+        if self.window not in IMAGE_WINDOWS:
+            known = " or ".join(IMAGE_WINDOWS)
+            raise UserError(f"`window` of a vision transformer must be {known}, got {self.window!r}")
+        plain = LinearizeConfig()
+        causal = ("window_sinks", "combine", "feature_positions", "softmax_window", "softmax_windows", "softmax_sinks")
+        for name in (*causal, "linear_decay"):
+            value, only = getattr(self, name), getattr(plain, name)
+            if value != only:
+                raise UserError(f"`{name}` of a vision transformer must be {only!r}, got {value!r}")
 
     def check_length(self, name: str, tokens: int) -> None:
         """Refuse training sequences in which nothing is linear.

@@ -211,3 +211,39 @@ class FinetuneParams(TrainingParams):
     def needs_teacher(self) -> bool:
         """Whether the loss looks at the teacher, which costs a forward pass of it."""
         return self.loss != "cross_entropy" or self.hidden_weight > 0
+
+
+@dataclass(frozen=True)
+class ImageFinetuneParams(TrainingParams):
+    """Stage 2 of vision transformers.
+
+    `loss`: ``feature`` aligns the backbone's last hidden states with the teacher's, the recipe that recovers most;
+    ``logit_kl``, ``cross_entropy`` (published, needs labels) and ``mixed`` (`kl_weight` of the first, the rest of the
+    second) need a classifier. `scope`: ``lora`` (published) on `target_modules` (null: every projection of the
+    attention), or ``full``, all parameters, beside a copy of the teacher.
+    `train_feature_maps`: with ``lora``, the maps train on; with ``full`` they do.
+    """
+
+    lr: float = 1e-4
+    loss: Literal["feature", "logit_kl", "cross_entropy", "mixed"] = "feature"
+    scope: Literal["lora", "full"] = "lora"
+    kl_weight: float = 0.5
+    kl_temperature: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+    train_feature_maps: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        losses, scopes = ("feature", "logit_kl", "cross_entropy", "mixed"), ("lora", "full")
+        _require(self.loss in losses, f"`loss` must be one of {', '.join(losses)}", self.loss)
+        _require(self.scope in scopes, f"`scope` must be one of {', '.join(scopes)}", self.scope)
+        _require(0 < self.kl_weight <= 1, "`kl_weight` must lie in (0, 1]", self.kl_weight)
+        _require(self.kl_temperature > 0, "`kl_temperature` must be greater than 0", self.kl_temperature)
+        _require(self.lora_rank >= 1, "`lora_rank` must be at least 1", self.lora_rank)
+        _require(self.lora_alpha >= 1, "`lora_alpha` must be at least 1", self.lora_alpha)
+        _require(0 <= self.lora_dropout < 1, "`lora_dropout` must lie in [0, 1)", self.lora_dropout)
+        some = self.target_modules is None or len(self.target_modules) > 0
+        _require(some, "`target_modules` must be null or name a projection", self.target_modules)

@@ -1,8 +1,9 @@
 """The one table of families: which can be linearized, what each needs besides, and why every other one cannot.
 
 Linearizing replaces the attention function between the projections (with their norms and rotary embeddings) and the
-output projection. So it needs a causal decoder that calls transformers' attention interface with plain q, k and v, and
-whose scores are q k^T, scaled and at most soft-capped. A new family is one entry of `FAMILIES`; classes are named and
+output projection. So it needs a model that calls transformers' attention interface with plain q, k and v: a causal
+decoder, whose scores are q k^T, scaled and at most soft-capped, or a vision transformer, whose patches all see each
+other and whose scores have no bias. A new family is one entry of `FAMILIES` or of `VISION`; classes are named and
 looked up when they are needed, so that checking a teacher loads no modelling code.
 """
 
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFIX = "lolcats_"
+Modality = Literal["text", "image"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,44 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
+class VisionFamily:
+    """A family of vision transformers that can be linearized.
+
+    Attributes:
+        config: its configuration, by its name in transformers.
+        layers: path of the list of layers in the backbone. attention: name of a layer's attention module.
+        prefix: tokens before the patches (CLS, distillation), besides `num_register_tokens` of a configuration.
+        interpolates: whether a forward pass must be told to take images of another size than the configuration's.
+        packed: images come as rows of flattened patches with a mask and their sizes (NaFlex).
+    """
+
+    config: str
+    layers: str
+    attention: str
+    prefix: int
+    interpolates: bool = True
+    packed: bool = False
+
+
+# By `model_type`.
+VISION = {
+    "vit": VisionFamily("ViTConfig", "layers", "attention", 1),
+    "deit": VisionFamily("DeiTConfig", "layers", "attention", 2),
+    "ijepa": VisionFamily("IJepaConfig", "layers", "attention", 0),
+    "dinov2": VisionFamily("Dinov2Config", "encoder.layer", "attention", 1, interpolates=False),
+    "dinov2_with_registers": VisionFamily(
+        "Dinov2WithRegistersConfig", "encoder.layer", "attention", 1, interpolates=False
+    ),
+    "dinov3_vit": VisionFamily("DINOv3ViTConfig", "model.layer", "attention", 1, interpolates=False),
+    "clip_vision_model": VisionFamily("CLIPVisionConfig", "encoder.layers", "self_attn", 1),
+    "siglip_vision_model": VisionFamily("SiglipVisionConfig", "encoder.layers", "self_attn", 0),
+    "siglip2_vision_model": VisionFamily(
+        "Siglip2VisionConfig", "encoder.layers", "self_attn", 0, interpolates=False, packed=True
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Obstacle:
     """Why an architecture cannot be linearized.
 
@@ -134,7 +174,7 @@ OBSTACLES = (
         lambda values: bool(values.get("is_encoder_decoder")),
     ),
     Obstacle(
-        "it is an encoder, whose tokens also see later ones; the hybrid attention is causal",
+        "it is an encoder, whose tokens also see later ones; attention in both directions is there for images alone",
         _names(
             "bert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl camembert electra distilbert albert ernie"
             " deberta deberta-v2 mpnet modernbert eurobert rembert roformer roc_bert megatron-bert mobilebert big_bird"
@@ -142,9 +182,27 @@ OBSTACLES = (
         ),
     ),
     Obstacle(
-        "its tokens also see later ones (`use_bidirectional_attention`); the hybrid attention is causal",
+        "its tokens also see later ones (`use_bidirectional_attention`); attention in both directions is there for"
+        " images alone",
         frozenset(),
         lambda values: values.get("use_bidirectional_attention") in (True, "all"),
+    ),
+    Obstacle(
+        "it joins an image encoder and a text encoder; give its vision model alone",
+        _names("clip siglip siglip2 chinese_clip"),
+    ),
+    Obstacle(
+        "its patches attend within windows that move and merge from stage to stage, so there is little to make linear",
+        _names("swin swinv2 hiera"),
+    ),
+    Obstacle(
+        "its scores have a learned bias by relative position, which linear attention cannot add",
+        _names("sam sam_vision_model sam_hq"),
+        lambda values: bool(
+            values.get("use_relative_position_bias")
+            or values.get("use_shared_relative_position_bias")
+            or values.get("use_rel_pos")
+        ),
     ),
     Obstacle(
         "it takes images or sound besides text; give its language model alone",
@@ -229,11 +287,22 @@ def refusal(values: Mapping[str, Any]) -> str | None:
     for obstacle in OBSTACLES:
         if str(name) in obstacle.names or obstacle.sign(values):
             return f"architecture {name!r} cannot be linearized: {obstacle.reason}"
-    if isinstance(name, str) and name in FAMILIES:
+    if isinstance(name, str) and name in {**FAMILIES, **VISION}:
         return None
-    return f"architecture {name!r} cannot be linearized: it is not among the tested ones, {', '.join(FAMILIES)}"
+    tested = ", ".join((*FAMILIES, *VISION))
+    return f"architecture {name!r} cannot be linearized: it is not among the tested ones, {tested}"
+
+
+def modality(values: Mapping[str, Any]) -> Modality:
+    """What a supported teacher or a linearized model takes, by the values of its configuration."""
+    return "image" if str(values.get("model_type")).removeprefix(PREFIX) in VISION else "text"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
     """The entry of a supported teacher's or a linearized model's configuration."""
     return FAMILIES[config.model_type.removeprefix(PREFIX)]
+
+
+def vision_family_of(config: PreTrainedConfig) -> VisionFamily:
+    """The same of a vision transformer."""
+    return VISION[config.model_type.removeprefix(PREFIX)]

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,18 @@ from lolcats_common.errors import UserError
 from lolcats_core.model.decoding.cache import HybridCache
 from lolcats_core.model.feature_maps import FeatureMaps, Scores
 from lolcats_core.model.transformers_versions import CACHE, CACHE_NAMES, given_cache
+from lolcats_kernels.hybrid_attention import HybridConfig, HybridWeights, attend, transfer_error
 
 ATTENTION_NAME = "lolcats_hybrid"  # in config.json
-# What transformers knows the function by in this process: two checkpoints with code of their own do not share one.
-ATTENTION_FUNCTION = (
-    ATTENTION_NAME if __name__.startswith("lolcats_core.") else f"{ATTENTION_NAME}_{zlib.crc32(__name__.encode()):08x}"
-)
 T = TypeVar("T")
+
+
+def function_name(name: str) -> str:
+    """What transformers knows an attention function of ours by in this process.
+
+    Two checkpoints with code of their own do not share one.
+    """
+    return name if __name__.startswith("lolcats_core.") else f"{name}_{zlib.crc32(__name__.encode()):08x}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,19 @@ class LayerCall:
         column = torch.arange(self.as_packed()[0].shape[1], device=self.q.device)
         starts = self.context.cu_seqlens
         return column if starts is None else column - starts[torch.bucketize(column, starts, right=True) - 1]
+
+    def real(self) -> Tensor | None:
+        """[B, T] of `as_packed`, False at padding; None where nothing is padded."""
+        return None
+
+    def attended(self, weights: HybridWeights, config: HybridConfig) -> Tensor:
+        """The student's output in place of `y_true` of `as_packed`."""
+        q, k, v, _ = self.as_packed()
+        return cast(Tensor, attend(q, k, v, weights, config, cu_seqlens=self.context.cu_seqlens))
+
+    def error(self, weights: HybridWeights, config: HybridConfig) -> Tensor:
+        """Mean squared error of `attended`, in at least float32."""
+        return transfer_error(*self.as_packed(), weights, config, cu_seqlens=self.context.cu_seqlens)
 
 
 LayerObserver = Callable[[LayerCall], None]
@@ -186,14 +204,14 @@ def real_first(real: Tensor) -> Tensor:
     return (~real).to(torch.int8).argsort(dim=1, stable=True)
 
 
-def check_attention(name: str | dict[str, str]) -> None:
+def check_attention(name: str | dict[str, str], own: str = ATTENTION_NAME) -> None:
     """Refuse every attention function but the one that a linearized model has.
 
     Raises:
         UserError: it is another one.
     """
-    if name not in (ATTENTION_NAME, ATTENTION_FUNCTION):
-        raise UserError(f"`attn_implementation` of a linearized model must be {ATTENTION_NAME}, got {name!r}")
+    if name not in (own, function_name(own)):
+        raise UserError(f"`attn_implementation` of a linearized model must be {own}, got {name!r}")
 
 
 def checkpoints(decoder: Any) -> bool:

@@ -31,41 +31,94 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig, kv_heads, local_layers
 from lolcats_core.model.attention import hybrid_attention_forward
 from lolcats_core.model.decoding.cache import HybridCache
-from lolcats_core.model.families import FAMILIES, PREFIX, family_of, refusal
+from lolcats_core.model.families import FAMILIES, PREFIX, VISION, family_of, modality, refusal
 from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import (
-    ATTENTION_FUNCTION,
     ATTENTION_NAME,
     check_attention,
     checkpoints,
+    function_name,
     prepare_inputs,
 )
-from lolcats_core.model.remote_code import auto_map, write_code
+from lolcats_core.model.remote_code import MODEL, auto_map, write_code
 from lolcats_core.model.rotary import changing_frequencies, fuse_rotary, layer_rotary
 from lolcats_core.model.softmax_attention import KeptGroups
 from lolcats_core.model.transformers_versions import CACHE, given_cache
 
 logger = logging.get_logger(__name__)
 
-transformers.AttentionInterface.register(ATTENTION_FUNCTION, hybrid_attention_forward)
+transformers.AttentionInterface.register(function_name(ATTENTION_NAME), hybrid_attention_forward)
 
 
-class LinearizedMixin:
-    """What a linearized model has besides its family's class."""
+class StudentMixin:
+    """What a linearized model of any modality has besides its family's class.
 
+    Attributes:
+        attention_name: its attention function, registered with transformers. code: the module that a saved model needs.
+    """
+
+    attention_name = ATTENTION_NAME
+    code = MODEL
     _keep_in_fp32_modules_strict = ("feature_maps",)
     linearized: nn.Embedding
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation is not None:
+            check_attention(config._attn_implementation, self.attention_name)
+        if config.linearize is None:
+            raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
+        config._attn_implementation = function_name(self.attention_name)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self.config: PreTrainedConfig = config
+
+    def mark(self) -> None:
+        """Add a frozen zero that only linearized models have.
+
+        Adapters name it (`finetune.add_lora`), so that peft itself refuses to put them onto the softmax teacher, whose
+        other modules have the same names.
+        """
+        self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1)).requires_grad_(False)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """A linearized model has one attention function.
+
+        Raises:
+            UserError: another one is asked for.
+        """
+        check_attention(attn_implementation, self.attention_name)
+
+    def save_pretrained(self, save_directory: Path | str, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the code beside the weights (`trust_remote_code` loads it without this package)."""
+        classes = self.auto_classes()
+        self.config.auto_map = auto_map(classes)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            write_code(save_directory, classes.values(), self.code)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint without feature maps is refused instead of drawing them at random."""
+        wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(name for name in info["missing_keys"] if ".feature_maps." in name)
+        if missing:
+            raise UserError(f"{args[0] if args else 'the checkpoint'} has no {missing[0]}: not a linearized model")
+        model.linearized.requires_grad_(False)  # loading leaves every parameter trainable
+        return (model, info) if wanted else model
+
+    def auto_classes(self) -> dict[str, type]:
+        """What the saved model says of the classes that load it, by the names of the Auto classes that find them."""
+        return auto_classes(self.config)
+
+
+class LinearizedMixin(StudentMixin):
+    """What a linearized causal decoder has besides its family's class."""
+
     # The state sums over the past, so decoding that takes tokens back is refused by `generate`.
     _is_stateful = True
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        if config._attn_implementation is not None:
-            check_attention(config._attn_implementation)
-        if config.linearize is None:
-            raise UserError(f"`config` of {type(self).__name__} has no `linearize`: not that of a linearized model")
-        config._attn_implementation = ATTENTION_FUNCTION
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self.config: PreTrainedConfig = config
+        super().__init__(config, *args, **kwargs)
         decoder = cast(PreTrainedModel, self).base_model
         if decoder is not self and isinstance(decoder, LinearizedMixin):
             # transformers makes the decoder of some heads through `AutoModel`; one more module belongs to the whole.
@@ -83,9 +136,7 @@ class LinearizedMixin:
                 maps = FeatureMaps(settings, kept.groups, queries, getattr(layer, family.head_dim))
                 maps.rotary = layer_rotary(decoder, layer, family)
                 layer.feature_maps = maps
-        # A frozen zero that only linearized models have. Adapters name it (`finetune.add_lora`), so that peft itself
-        # refuses to put them onto the softmax teacher, whose other modules have the same names.
-        self.linearized = nn.Embedding(1, 1, _weight=torch.zeros(1, 1)).requires_grad_(False)
+        self.mark()
         decoder.register_forward_pre_hook(prepare_inputs, with_kwargs=True)
 
     def _prepare_cache_for_generation(
@@ -110,40 +161,15 @@ class LinearizedMixin:
             model_kwargs[CACHE] = HybridCache(self.config)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """A linearized model has one attention function.
-
-        Raises:
-            UserError: another one is asked for.
-        """
-        check_attention(attn_implementation)
-
-    def save_pretrained(self, save_directory: Path | str, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the code beside the weights (`trust_remote_code` loads it without this package)."""
-        classes = auto_classes(self.config)
-        self.config.auto_map = auto_map(classes)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("is_main_process", True):
-            write_code(save_directory, classes.values())
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a checkpoint without feature maps is refused instead of drawing them at random."""
-        wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        missing = sorted(name for name in info["missing_keys"] if ".feature_maps." in name)
-        if missing:
-            raise UserError(f"{args[0] if args else 'the checkpoint'} has no {missing[0]}: not a linearized model")
-        model.linearized.requires_grad_(False)  # loading leaves every parameter trainable
-        return (model, info) if wanted else model
-
 
 class LinearizedConfigMixin:
     """What the configuration of a linearized model has besides its family's class."""
 
+    attention_name = ATTENTION_NAME
+
     def to_diff_dict(self) -> dict[str, Any]:
         """The values in config.json; the attention function among them makes the softmax classes refuse the file."""
-        return {**super().to_diff_dict(), "attn_implementation": ATTENTION_NAME}  # type: ignore[misc]
+        return {**super().to_diff_dict(), "attn_implementation": self.attention_name}  # type: ignore[misc]
 
 
 def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
@@ -184,6 +210,8 @@ def _linearized(name: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel
 AUTO_CLASSES: dict[str, dict[str, type]] = {}
 # By the teacher's `model_type`.
 LINEARIZED = {name: _linearized(name) for name in FAMILIES}
+# By the teacher's class, of those families that have several; `vision.modeling` adds its own here and above.
+OTHER_KINDS: dict[str, type[PreTrainedModel]] = {}
 
 
 def auto_classes(config: PreTrainedConfig) -> dict[str, type]:
@@ -193,7 +221,7 @@ def auto_classes(config: PreTrainedConfig) -> dict[str, type]:
 
 def supported_architectures() -> tuple[str, ...]:
     """The `model_type` of every family that can be linearized."""
-    return tuple(FAMILIES)
+    return (*FAMILIES, *VISION)
 
 
 def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> None:
@@ -207,6 +235,10 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
     reason = refusal(config.to_dict())
     if reason is not None:
         raise UserError(reason)
+    if modality(config.to_dict()) == "image":
+        settings.check_images()
+    else:
+        settings.check_text()
     layers, groups = config.num_hidden_layers, kv_heads(config)
     for name in ("softmax_layers", "softmax_heads", "softmax_windows"):
         beyond = [layer for layer in getattr(settings, name) if layer >= layers]
@@ -241,7 +273,7 @@ def check_architecture(config: PreTrainedConfig, settings: LinearizeConfig) -> N
 
 
 def attention_layers(model: nn.Module) -> list[Any]:
-    """The attention modules in order of depth."""
+    """The attention modules of a causal decoder in order of depth."""
     causal = cast(Any, model)
     name = family_of(causal.config).attention
     return [getattr(layer, name) for layer in causal.base_model.layers]
@@ -264,14 +296,21 @@ def tied_head(model: nn.Module) -> nn.Module | None:
     return head if head.weight is plain.get_input_embeddings().weight else None
 
 
-def empty_student(teacher: PreTrainedConfig, settings: LinearizeConfig) -> PreTrainedModel:
+def empty_student(
+    teacher: PreTrainedConfig, settings: LinearizeConfig, kind: type[PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """A linearized model of the teacher's shape with fresh weights on the current device (``meta`` costs nothing).
+
+    Args:
+        kind: the teacher's class, where its family has several that can be linearized (a backbone, a classifier).
 
     Raises:
         UserError: the architecture or the settings do not fit.
     """
     check_architecture(teacher, settings)
     config_class, model_class = LINEARIZED[teacher.model_type]
+    if kind is not None and kind.__name__ in OTHER_KINDS:
+        model_class = OTHER_KINDS[kind.__name__]
     # The student is not the checkpoint that its teacher came from, so it does not take over that name.
     dropped = ("model_type", "architectures", "_name_or_path")
     values = {key: value for key, value in teacher.to_dict().items() if key not in dropped}
@@ -298,7 +337,7 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
     """A linearized copy of `model` that shares its weights.
 
     Args:
-        model: a causal language model of a supported family.
+        model: a causal language model, or a vision transformer with or without a classifier, of a supported family.
         seed: of the feature maps' initial values.
 
     Returns:
@@ -308,11 +347,12 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
         UserError: the architecture or the settings do not fit.
     """
     with torch.device("meta"):
-        student = empty_student(model.config, config)
+        student = empty_student(model.config, config, type(model))
     missing = student.load_state_dict(model.state_dict(), strict=False, assign=True).missing_keys
     absent = [name for name in missing if ".feature_maps." not in name and not name.startswith("linearized.")]
     if absent:
-        raise UserError(f"`model` must be a causal language model; {type(model).__name__} has no {absent[0]}")
+        kind = "causal language model" if student.can_generate() else type(student).__name__.removeprefix("Lolcats")
+        raise UserError(f"`model` must be a {kind}; {type(model).__name__} has no {absent[0]}")
     buffers = dict(model.named_buffers())
     for name, module in student.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
@@ -321,12 +361,11 @@ def linearize(model: PreTrainedModel, config: LinearizeConfig, seed: int = 0) ->
     cast(nn.Embedding, student.linearized).to_empty(device=model.device).weight.data.zero_()
     student.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for layer in attention_layers(student):
-        maps = getattr(layer, "feature_maps", None)
-        if maps is not None:
-            maps.to_empty(device=model.device)
-            maps.reset_parameters(generator)
-            maps.requires_grad_(True)
+    for maps in feature_maps(student).values():
+        maps.to_empty(device=model.device)
+        maps.reset_parameters(generator)
+        maps.requires_grad_(True)
     student.tie_weights()
-    student.generation_config = model.generation_config
+    if model.can_generate():
+        student.generation_config = model.generation_config
     return student.eval()

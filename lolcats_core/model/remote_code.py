@@ -28,8 +28,8 @@ def auto_map(classes: Mapping[str, type]) -> dict[str, str]:
     return {auto: f"{ENTRY}.{each.__name__}" for auto, each in classes.items()}
 
 
-def write_code(folder: Path | str, classes: Iterable[type]) -> None:
-    """Write `modeling_lolcats.py`, which offers `classes`, and every module behind it."""
+def write_code(folder: Path | str, classes: Iterable[type], module: str = MODEL) -> None:
+    """Write `modeling_lolcats.py`, which offers `classes` of `module`, and every module behind it."""
     folder = Path(folder)
     if not __name__.startswith("lolcats_core."):
         # This is such a copy itself; hand on its files.
@@ -37,20 +37,20 @@ def write_code(folder: Path | str, classes: Iterable[type]) -> None:
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
         return
-    modules = import_closure(MODEL, root=Path(__file__).parents[2], skip=_needs_triton)
-    for module, file in modules.items():
+    modules = import_closure(module, root=Path(__file__).parents[2], skip=_needs_triton)
+    for name, file in modules.items():
         source = file.read_text(encoding="utf-8")
-        write_text(folder / f"{_flat(module)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
-    write_text(folder / f"{ENTRY}.py", _entry(sorted(each.__name__ for each in classes), list(modules)))
+        write_text(folder / f"{_flat(name)}.py", _OURS.sub(lambda m: f"{m[1]}from .{_flat(m[2])} import", source))
+    write_text(folder / f"{ENTRY}.py", _entry(sorted(each.__name__ for each in classes), module, list(modules)))
 
 
-def _entry(classes: list[str], modules: list[str]) -> str:
+def _entry(classes: list[str], offering: str, modules: list[str]) -> str:
     """The source of `modeling_lolcats.py`: a version that is out of the range is refused before anything else."""
     lines = [
         "from typing import TYPE_CHECKING",
         "",
         f"from .{_flat(VERSIONS)} import CACHE  # noqa: F401",
-        f"from .{_flat(MODEL)} import {', '.join(classes)}  # noqa: F401",
+        f"from .{_flat(offering)} import {', '.join(classes)}  # noqa: F401",
         "",
         "if TYPE_CHECKING:  # old versions of transformers copy the files named here and none that those name",
         *(f"    from .{_flat(module)} import *" for module in modules),

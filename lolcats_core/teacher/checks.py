@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_common.errors import UserError, shown
-from lolcats_core.model.families import FAMILIES, PREFIX, refusal
+from lolcats_core.model.families import FAMILIES, PREFIX, modality, refusal
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What belongs to a teacher besides its weights; none of it is large.
@@ -102,7 +102,7 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     kind = raw.get("model_type")
     if isinstance(kind, str) and kind.startswith(PREFIX):
         raise UserError(f"teacher {source} is already a linearized model ({kind}); give its softmax original")
-    reason = refusal(raw)
+    reason = text_refusal(raw)
     if reason is not None and not (trust_remote_code and "auto_map" in raw):
         raise UserError(f"teacher {source}: {reason}")
     quantized = raw.get("quantization_config") or raw.get("compression_config")
@@ -114,10 +114,19 @@ def check_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:
         raise UserError(f"teacher {source}: config.json is not usable ({_first_line(error)})") from None
-    reason = refusal(config.to_dict())
+    reason = text_refusal(config.to_dict())
     if reason is not None:
         raise UserError(f"teacher {source}: {reason}")
     return config
+
+
+def text_refusal(values: Mapping[str, Any]) -> str | None:
+    """Why the stages cannot linearize a teacher, in one line; None where they can. They read text alone."""
+    reason = refusal(values)
+    if reason is None and modality(values) == "image":
+        name = values["model_type"]
+        return f"architecture {name!r} takes images and the stages read text; `lolcats_core.linearize` takes it"
+    return reason
 
 
 def _check_values(raw: dict[str, Any], source: str) -> None:

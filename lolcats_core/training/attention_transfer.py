@@ -10,6 +10,7 @@ nothing is kept: memory does not grow with depth.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -24,17 +25,17 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
-from lolcats_core.model.attention import student_attention
 from lolcats_core.model.branches import window_dropout
 from lolcats_core.model.forward_context import HybridContext, LayerCall, LayerObserver, document_numbers
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
-from lolcats_core.training.calibration import calibrate_layer, calibration_rows
+from lolcats_core.model.vision.context import grid_of
+from lolcats_core.model.vision.modeling import show_images, takes_images
+from lolcats_core.training.calibration import KEYS, ROWS, calibrate_layer, calibration_rows
 from lolcats_core.training.loop import Rows, TrainResult, batches_of, train
 from lolcats_kernels.hybrid_attention import (
     HybridConfig,
     HybridWeights,
     attention_weights,
-    transfer_error,
     window_scores,
 )
 
@@ -61,8 +62,8 @@ class LossObserver:
     def __call__(self, call: LayerCall) -> None:
         with torch.set_grad_enabled(self.scale is not None):
             weights, config = call.maps(call.scores)
-            q, k, v, y_true = call.as_packed()
-            mse = transfer_error(q, k, v, y_true, weights, config, cu_seqlens=call.context.cu_seqlens)
+            q, k, _, y_true = call.as_packed()
+            mse = call.error(weights, config)
             loss = self.params.mse_weight * mse
             if self.params.loss_normalization == "layer":
                 loss = loss / y_true.to(mse.dtype).square().mean().clamp(min=torch.finfo(mse.dtype).tiny)
@@ -119,7 +120,10 @@ def transfer_losses(
 
 @torch.no_grad()
 def run_with_observer(student: PreTrainedModel, batch: dict[str, Tensor], observer: LayerObserver) -> None:
-    """Pass a batch through the decoder with the teacher's outputs, each linearized layer shown to `observer`."""
+    """Pass a batch through the model with the teacher's outputs, each linearized layer shown to `observer`."""
+    if takes_images(student):
+        show_images(student, batch, observer)
+        return
     positions = batch.get("position_ids")
     context = HybridContext.observed(observer, positions)
     decoder = cast(Any, student).base_model
@@ -167,7 +171,7 @@ class HeadErrors:
 
     @torch.no_grad()
     def __call__(self, call: LayerCall) -> None:
-        y = student_attention(call.maps, call.q, call.k, call.v, call.scores, call.context)
+        y = call.attended(*call.maps(call.scores)).view_as(call.y_true)
         y_true = call.y_true.to(torch.promote_types(y.dtype, torch.float32))
         both = torch.stack([y.to(y_true.dtype) - y_true, y_true])
         self.values[layer_name(call.index)] = both.square().mean((1, 2, 4))
@@ -201,7 +205,8 @@ def head_errors(student: PreTrainedModel, rows: Rows, count: int, batch_size: in
 
 def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed: int) -> None:
     """Set every layer's maps and factors in one pass of a few training rows (`calibration`)."""
-    batch = rows.batch(calibration_rows(len(rows), params, seed))
+    count = math.ceil(KEYS / rows.sequence_length) if takes_images(student) else ROWS
+    batch = rows.batch(calibration_rows(len(rows), params, seed, count))
     on_device = {name: value.to(student.device) for name, value in batch.items()}
     run_with_observer(student, on_device, functools.partial(calibrate_layer, seed=seed))
 
@@ -263,6 +268,26 @@ def check_cross_entropy(rows: Rows, params: TransferParams) -> None:
         )
 
 
+def check_images(student: PreTrainedModel, rows: Rows, params: TransferParams) -> None:
+    """Refuse images of which a tile sees everything, and the quadratic term.
+
+    Raises:
+        UserError: naming the setting and its value.
+    """
+    if params.xent_weight:
+        raise UserError(f"`transfer.xent_weight` must be 0 for images, got {params.xent_weight}")
+    settings: dict[str, Any] = cast(Any, student.config).linearize
+    if settings["window"] != "tiled" or len(rows) == 0:
+        return
+    grid = grid_of(student.config, rows.batch(np.arange(len(rows) if "spatial_shapes" in rows.batch([0]) else 1)))
+    longest = int(grid.sizes(torch.device("cpu")).max())
+    if longest <= settings["window_size"]:
+        raise UserError(
+            f"images must be longer than the {settings['window_size']} patches of a tile (`linearize.window_size`) on"
+            f" one side, else nothing would be linear; the longest side has {longest}"
+        )
+
+
 def attention_transfer(
     student: PreTrainedModel,
     rows: Rows,
@@ -277,16 +302,19 @@ def attention_transfer(
 
     Args:
         student: of `linearize`; only its maps change.
-        rows, validation: token rows (`lolcats_core.data.TokenRows`).
+        rows, validation: token rows (`lolcats_core.data.TokenRows`), or of a vision transformer `image_rows`.
         scratch: directory of the step checkpoint; the same directory continues a killed run.
 
     Raises:
-        UserError: nothing to train, rows or documents that the window sees whole, packed documents with
-            `xent_weight`, or a loss that is not finite.
+        UserError: nothing to train, rows, documents or images that the window sees whole, packed documents or images
+            with `xent_weight`, or a loss that is not finite.
     """
-    check_cross_entropy(rows, params)
-    if named_map_parameters(student):
-        check_window(rows, LinearizeConfig.from_dict(cast(Any, student.config).linearize))
+    if takes_images(student):
+        check_images(student, rows, params)
+    else:
+        check_cross_entropy(rows, params)
+        if named_map_parameters(student):
+            check_window(rows, LinearizeConfig.from_dict(cast(Any, student.config).linearize))
     student.eval()
     device = student.device
     if student.config.linearize["feature_map_init"] == "calibrated" and len(rows):

@@ -21,7 +21,6 @@ from torch import Tensor
 from lolcats_common.params import TransferParams
 from lolcats_core.model.forward_context import LayerCall
 from lolcats_core.training.loop import step_batches
-from lolcats_kernels.hybrid_attention import attend
 from lolcats_kernels.hybrid_attention.mixture import unrotate
 
 ROWS = 4
@@ -32,9 +31,15 @@ OFFSETS = tuple(float(x) for x in range(-8, 9))
 DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9998)
 
 
-def calibration_rows(rows: int, params: TransferParams, seed: int) -> np.ndarray:
-    """Indices of the rows that are looked at: the first that training will see."""
-    return step_batches(rows, params, seed, 0)[0][:ROWS]
+def calibration_rows(rows: int, params: TransferParams, seed: int, count: int = ROWS) -> np.ndarray:
+    """Indices of at most `count` rows, which are looked at: the first that training will see."""
+    found, step = step_batches(rows, params, seed, 0), 1
+    if count <= ROWS:
+        return found[0][:count]
+    # Images have few tokens; of one epoch, which holds each row once.
+    while sum(map(len, found)) < min(count, rows):
+        found, step = found + step_batches(rows, params, seed, step), step + 1
+    return np.concatenate(found)[:count]
 
 
 def key_clusters(keys: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -55,11 +60,13 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     """Set one layer's maps and window factors; with its seed bound, a `LayerObserver`."""
     generator = torch.Generator().manual_seed(seed + call.index)
     maps, scores = call.maps, call.scores
-    q, k, v, y_true = call.as_packed()
+    _, k, _, y_true = call.as_packed()
     weights, config = maps(scores)
     positions = call.positions().to(k.device)
     plain = unrotate(k.transpose(1, 2), positions, weights.frequencies, config.rotary_interleaved).transpose(1, 2)
     wide = plain.flatten(0, 1).to(torch.promote_types(k.dtype, torch.float32))
+    real = call.real()
+    wide = wide if real is None else wide[real.flatten()]
     served = len(maps.w_k) // k.shape[2]  # maps of each kv head
     found = [key_clusters(wide[:, head // served], maps.w_k.shape[2], generator) for head in range(len(maps.w_k))]
     w = torch.stack(found).mT * scores.scale
@@ -67,7 +74,7 @@ def calibrate_layer(call: LayerCall, *, seed: int) -> None:
     maps.w_q.copy_(w.repeat_interleave(maps.heads // len(w), 0))
 
     def errors() -> Tensor:
-        y = cast(Tensor, attend(q, k, v, *maps(scores), cu_seqlens=call.context.cu_seqlens))
+        y = call.attended(*maps(scores))
         return (y.float() - y_true.float()).square().mean((0, 1, 3))
 
     def choose(parameter: Tensor, values: Tensor) -> None:

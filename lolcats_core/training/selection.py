@@ -23,13 +23,16 @@ from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.kv_groups import Group
 from lolcats_core.model.map_files import restrict_maps
 from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
+from lolcats_core.model.vision.modeling import takes_images
 from lolcats_core.training.allocation import Allocation, all_groups, allocate, keeping
 from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
 from lolcats_core.training.losses import KL, summed_loss, teacher_hidden
 from lolcats_core.training.perplexity import next_token_targets
 from lolcats_core.training.ranking.criteria import (
+    CRITERIA,
     NEEDS_STUDENT,
+    NEEDS_TEACHER,
     Candidate,
     Divergence,
     Evidence,
@@ -138,6 +141,19 @@ def check_budget(params: SelectParams, settings: LinearizeConfig, config: PreTra
     return len(allocate(all_groups(config), params, settings, config, dtype).groups)
 
 
+def check_image_budget(params: SelectParams) -> None:
+    """Refuse what only a text model has: a cache, and logits of next tokens.
+
+    Raises:
+        UserError: naming the setting and its value.
+    """
+    if params.cache_budget is not None or "cache_ratio" in (params.softmax_budget or {}):
+        raise UserError("`softmax_budget` of a vision transformer must count layers or heads: it has no cache")
+    if params.chooses and params.criterion in (*NEEDS_STUDENT, *NEEDS_TEACHER):
+        known = ", ".join(name for name in CRITERIA if name not in (*NEEDS_STUDENT, *NEEDS_TEACHER))
+        raise UserError(f"`criterion` of a vision transformer must be one of {known}, got {params.criterion!r}")
+
+
 def kept_groups(settings: LinearizeConfig, config: PreTrainedConfig) -> frozenset[Group]:
     """The kv groups that keep softmax attention under `settings`; the inverse of `keeping`."""
     return frozenset(
@@ -173,6 +189,8 @@ def select(
     Raises:
         UserError: the budget does not fit the model.
     """
+    if takes_images(student):
+        check_image_budget(params)
     settings = LinearizeConfig.from_dict(student.config.linearize)
     if errors is None:
         errors = head_errors(student, rows, params.rows, params.rows) if feature_maps(student) else {}

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import lolcats_core as lc
 from lolcats_common.errors import UserError
 from lolcats_core.model import families
-from lolcats_core.model.families import FAMILIES, OBSTACLES, refusal
+from lolcats_core.model.families import FAMILIES, OBSTACLES, VISION, refusal
 from lolcats_core.model.modeling import check_architecture, empty_student
 from lolcats_core.training.losses import output_logits
 from tests.core.tiny import tiny_teacher, tokens
@@ -127,8 +127,8 @@ def test_unknown_architectures_are_judged_by_their_values(values: dict[str, Any]
 
 
 def test_exactly_the_supported_families_pass() -> None:
-    assert tuple(FAMILIES) == lc.supported_architectures()
-    assert not set(NAMED) & set(FAMILIES)
+    assert lc.supported_architectures() == (*FAMILIES, *VISION)
+    assert not set(NAMED) & {*FAMILIES, *VISION}
     for name, family in FAMILIES.items():
         config_class, _ = family.resolve()
         assert config_class.model_type == name

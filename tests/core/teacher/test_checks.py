@@ -52,6 +52,7 @@ def refusal(whole: Path, folder: Path, change: Callable[[Path], object]) -> str:
         ),
         ({"head_dim": 32}, "config.json says"),
         ({"intermediate_size": 48}, "config.json says [32, 48]"),
+        ({"model_type": "dinov2"}, "architecture 'dinov2' takes images and the stages read text"),
     ],
     ids=str,
 )
