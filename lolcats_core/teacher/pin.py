@@ -346,10 +346,10 @@ def _verify(pin: TeacherPin, folder: Path) -> None:
             f"teacher {pin.source}: {added[0]} was added since the teacher was pinned; remove it, or pin the teacher "
             "with it with `dvc repro --force teacher`"
         )
-    weight_files(folder, pin.source, {path.name for path in folder.iterdir() if path.is_file()})
     missing = [name for name in pin.files if not (folder / name).is_file()]
     if missing:
         raise UserError(f"teacher {pin.source}: {missing[0]} is gone since the teacher was pinned; put it back")
+    weight_files(folder, pin.source, {path.name for path in folder.iterdir() if path.is_file()})
     for name, digest in _hashes(folder, pin.files).items():
         if digest != pin.files[name]:
             raise UserError(
