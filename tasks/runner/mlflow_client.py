@@ -23,10 +23,11 @@ class RedactingClient(MlflowClient):
     """An `MlflowClient` through which no secret passes, whoever writes; longer tags and parameters are cut."""
 
     def create_run(
-        self, experiment_id: str, *, run_name: str | None = None, tags: Mapping[str, str] | None = None
+        self, experiment_id: str, *, run_name: str | None = None, tags: Mapping[str, str] | None = None, **named: Any
     ) -> Any:
         """As MLflow's."""
-        return super().create_run(experiment_id, run_name=run_name and redacted(run_name), tags=_tags(tags))
+        called = run_name and redacted(run_name)
+        return super().create_run(experiment_id, run_name=called, tags=_tags(tags), **named)
 
     def update_run(self, run_id: str, status: str | None = None, name: str | None = None) -> None:
         """As MLflow's."""
