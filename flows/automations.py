@@ -26,7 +26,7 @@ WEBHOOK_VARIABLE = "LOLCATS_WEBHOOK_URL"
 BLOCK = "lolcats-notifications"
 ZOMBIE_AFTER = timedelta(seconds=100)  # three heartbeats of 30 s, and some time for the way
 MESSAGE = {
-    "text": "{{ flow.name }}/{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}",
+    "text": "{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}",
     "flow_run_id": "{{ flow_run.id }}",
 }
 # What a crashed run was asked for, and how often its work was started again.
