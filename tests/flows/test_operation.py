@@ -131,7 +131,8 @@ def test_the_refusal_and_nothing_else_was_posted_to_the_webhook(operated: Operat
     operated.servers.wait(lambda: operated.messages, "a message")
     message = operated.messages[0]
     assert operated.messages == [message] * len(operated.messages)  # at least once: docs/operations.md
-    assert re.match(r"relinearize [\w.]+, [\d-]+ [\d:]+: Refused. version 3 is refused, the champion stays: ", message["text"])
+    name, said = r"relinearize [\w.]+, [\d-]+ [\d:]+", "Refused. version 3 is refused, the champion stays: "
+    assert re.match(f"{name}: {said}", message["text"])
     assert operated.servers.api(f"/flow_runs/{message['flow_run_id']}")["state"]["name"] == "Refused"
 
 
