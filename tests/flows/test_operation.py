@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from lolcats_common.files import sha256_tree
+from tasks.operations.services import SERVICES
 from tasks.registry.promotion import CHAMPION, PREVIOUS
 from tasks.registry.versions import alias_version, stored_model
 from tasks.runner.mlflow_run import connect
@@ -155,6 +156,14 @@ def test_both_servers_ask_for_the_login(operated: Operated) -> None:
             assert status == answer, (name, login)
 
 
+def assert_no_secret_on_a_command_line(operated: Operated) -> None:
+    """Any user of a machine can read the command lines of all its processes."""
+    secrets = [LOGIN.partition(":")[2], operated.webhook.rpartition("/")[2]]
+    lines = list(processes_in(operated.root))
+    assert len(lines) >= len(SERVICES)
+    assert not [line for line in lines if any(secret in line for secret in secrets)]
+
+
 def test_a_run_with_overrides_by_the_command_line_ends_as_an_experiment_of_its_own(operated: Operated) -> None:
     values = json.dumps({"finetune.lr": 0.0125})
     chosen = ["-p", "preset=mistral_7b", "-p", f"set={values}", "-p", "register=false", "--watch"]
@@ -187,6 +196,7 @@ def test_a_killed_run_starts_again_by_itself_and_continues_from_its_last_step(op
         wait_for(there, f"step {step} of finetune", over, pause=0.5)
 
     reached(3, run)
+    assert_no_secret_on_a_command_line(operated)
     (flow,) = [found for found in psutil.process_iter() if is_flow(found, run)]
     flow.kill()
     state = servers.ended(run)
