@@ -69,7 +69,8 @@ def finished(fake_project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "finetune": {"outs": [{"path": "outputs/finetune", "md5": "out"}]},
         "evaluate": {"deps": [{"path": "outputs/finetune/model", "md5": "m1"}], "outs": []},
     }
-    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    locked = {name: {"cmd": "true", **stage} for name, stage in stages.items()}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": locked}))
     monkeypatch.setattr(dvc_graph, "changed", lambda root, anew=False: {})
     monkeypatch.setattr(dvc_graph, "push_if_remote", lambda root: False)
     return root
