@@ -298,6 +298,11 @@ def modality(values: Mapping[str, Any]) -> Modality:
     return "image" if str(values.get("model_type")).removeprefix(PREFIX) in VISION else "text"
 
 
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Whether a supported teacher or a linearized model is a vision transformer."""
+    return modality({"model_type": config.model_type}) == "image"
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The entry of a supported teacher's or a linearized model's configuration."""
     return FAMILIES[config.model_type.removeprefix(PREFIX)]

@@ -26,10 +26,11 @@ from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import TransferParams
 from lolcats_core.compute import distributed
 from lolcats_core.model.branches import window_dropout
+from lolcats_core.model.families import takes_images
 from lolcats_core.model.forward_context import HybridContext, LayerCall, LayerObserver, document_numbers
 from lolcats_core.model.modeling import feature_maps, named_map_parameters
 from lolcats_core.model.vision.context import grid_of
-from lolcats_core.model.vision.modeling import show_images, takes_images
+from lolcats_core.model.vision.modeling import show_images
 from lolcats_core.training.calibration import KEYS, ROWS, calibrate_layer, calibration_rows
 from lolcats_core.training.loop import Rows, TrainResult, batches_of, train
 from lolcats_kernels.hybrid_attention import (
@@ -121,7 +122,7 @@ def transfer_losses(
 @torch.no_grad()
 def run_with_observer(student: PreTrainedModel, batch: dict[str, Tensor], observer: LayerObserver) -> None:
     """Pass a batch through the model with the teacher's outputs, each linearized layer shown to `observer`."""
-    if takes_images(student):
+    if takes_images(student.config):
         show_images(student, batch, observer)
         return
     positions = batch.get("position_ids")
@@ -205,7 +206,7 @@ def head_errors(student: PreTrainedModel, rows: Rows, count: int, batch_size: in
 
 def calibrate(student: PreTrainedModel, rows: Rows, params: TransferParams, seed: int) -> None:
     """Set every layer's maps and factors in one pass of a few training rows (`calibration`)."""
-    count = math.ceil(KEYS / rows.sequence_length) if takes_images(student) else ROWS
+    count = math.ceil(KEYS / rows.sequence_length) if takes_images(student.config) else ROWS
     batch = rows.batch(calibration_rows(len(rows), params, seed, count))
     on_device = {name: value.to(student.device) for name, value in batch.items()}
     run_with_observer(student, on_device, functools.partial(calibrate_layer, seed=seed))
@@ -309,7 +310,7 @@ def attention_transfer(
         UserError: nothing to train, rows, documents or images that the window sees whole, packed documents or images
             with `xent_weight`, or a loss that is not finite.
     """
-    if takes_images(student):
+    if takes_images(student.config):
         check_images(student, rows, params)
     else:
         check_cross_entropy(rows, params)

@@ -19,11 +19,11 @@ from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_common.params import SelectParams
 from lolcats_common.records import AllocationRecord, CandidateRecord, SelectionRecord
+from lolcats_core.model.families import takes_images
 from lolcats_core.model.forward import rows_per_forward
 from lolcats_core.model.kv_groups import Group
 from lolcats_core.model.map_files import restrict_maps
 from lolcats_core.model.modeling import feature_maps, kv_heads, linearize, named_map_parameters
-from lolcats_core.model.vision.modeling import takes_images
 from lolcats_core.training.allocation import Allocation, all_groups, allocate, keeping
 from lolcats_core.training.attention_transfer import Errors, head_errors
 from lolcats_core.training.loop import Rows
@@ -189,7 +189,7 @@ def select(
     Raises:
         UserError: the budget does not fit the model.
     """
-    if takes_images(student):
+    if takes_images(student.config):
         check_image_budget(params)
     settings = LinearizeConfig.from_dict(student.config.linearize)
     if errors is None:

@@ -31,7 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from lolcats_common.errors import UserError
 from lolcats_common.linearize_config import LinearizeConfig
 from lolcats_core.data.images import ImageRows
-from lolcats_core.model.families import PREFIX, VISION, modality, vision_family_of
+from lolcats_core.model.families import PREFIX, VISION, vision_family_of
 from lolcats_core.model.feature_maps import FeatureMaps
 from lolcats_core.model.forward_context import LayerObserver, check_attention, function_name
 from lolcats_core.model.modeling import AUTO_CLASSES, LINEARIZED, OTHER_KINDS, LinearizedConfigMixin, StudentMixin
@@ -112,11 +112,6 @@ def image_layers(model: nn.Module) -> list[Any]:
     """The modules that call the attention function, in order of depth."""
     # In transformers 5.17 DINOv2's first three projections lie one module deeper than the output's.
     return [getattr(block, "attention", block) for block in attention_blocks(model)]
-
-
-def takes_images(model: nn.Module) -> bool:
-    """Whether a linearized model is a vision transformer."""
-    return modality({"model_type": cast(Any, model).config.model_type}) == "image"
 
 
 @contextlib.contextmanager
