@@ -100,7 +100,7 @@ class StreamedTransfer:
         for index in range(last + 1):
             moved_on = self.buffer.layer > index + 1 or (self.buffer.layer == index + 1 and self.buffer.complete)
             initial = self._initial(index)
-            if index in self.maps and self._done(index):
+            if index in self.maps and self._done(index) and distributed.is_main():
                 log_history(self._saved(index)[1], self._log_layer)
             if self._done(index) and (moved_on or index == last):
                 continue
